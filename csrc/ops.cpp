@@ -1,0 +1,24 @@
+// Every operator of latro_kernels, as callers see it. Each backend registers its kernels beside their code.
+// T tokens, M scored tokens, S segments, R rationales.
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(latro_kernels, m) {
+  // Reward, leave-one-out advantage, KL and loss of R rationales from M token log-probs, and d loss / d logps
+  // with reward and advantage held constant. The loss is the sum over rationales; the caller divides it, and the
+  // coefficients with it. loss is a scalar, reward to answer_logp are [R], coefficients is [M].
+  m.def(
+      "self_reward(Tensor logps, Tensor segment, Tensor kind, Tensor rationale, Tensor option, Tensor prompt, "
+      "Tensor? ref_logps, Tensor? advantage, float beta, float answer_weight, "
+      "str kl, float? floor, str? scale) "
+      "-> (Tensor loss, Tensor reward, Tensor advantage, Tensor kl, Tensor rationale_logp, Tensor answer_logp, "
+      "Tensor coefficients)");
+}
+
+// Importing the module is what runs the registrations; it holds nothing else.
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

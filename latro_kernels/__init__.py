@@ -1,0 +1,26 @@
+"""Kernels for training language models on the likelihood of the right answer."""
+
+from latro_kernels.linear_logprobs.api import linear_logprobs
+from latro_kernels.self_reward.api import SelfRewardLoss, fused_self_reward_loss, self_reward
+from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
+from latro_kernels.tree import ANSWER, BASELINE, RATIONALE, PrefixTree, ScoredTokens, pack_rationales
+from latro_kernels.tree_attention.api import tree_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ANSWER",
+    "BASELINE",
+    "RATIONALE",
+    "Objective",
+    "PrefixTree",
+    "ScoredTokens",
+    "SelfReward",
+    "SelfRewardLoss",
+    "SelfRewardTerms",
+    "fused_self_reward_loss",
+    "linear_logprobs",
+    "pack_rationales",
+    "self_reward",
+    "tree_attention",
+]

@@ -1,0 +1,81 @@
+"""The one place that chooses a backend: which kernels exist, which are ready here, and which one "auto" takes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from latro_kernels import _native
+
+OPERATORS = ("tree_attention", "linear_logprobs", "self_reward", "fused_self_reward_loss")
+BACKENDS = ("native", "triton", "reference")  # in order of preference
+DEVICES = ("cpu", "cuda")
+
+# Device types that a backend has kernels for. The reference is eager PyTorch, for every operator on every device.
+KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("self_reward", "native"): ("cpu", "cuda"),
+}
+
+
+class Status(NamedTuple):
+    ready: bool
+    reason: str | None = None
+    mend: str | None = None
+
+
+READY = Status(True)
+
+
+def exists(operator: str, backend: str, device_type: str) -> bool:
+    """Whether such a kernel is part of the package, ready here or not."""
+    return backend == "reference" or device_type in KERNELS.get((operator, backend), ())
+
+
+def status(operator: str, backend: str, device_type: str) -> Status:
+    """Whether the kernel can run in this process; if not, why, and what to do about it."""
+    if not exists(operator, backend, device_type):
+        return Status(False, f"{operator} has no {backend} kernel for {device_type}", "use impl='auto'")
+    return _STATUS.get((backend, device_type), READY)
+
+
+def choose(operator: str, impl: str, device: torch.device) -> str:
+    """The backend to run. "auto" takes the first that is ready; a named one is ready or raises."""
+    if impl == "auto":
+        return _best(operator, device.type)
+    if impl not in BACKENDS:
+        names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"{operator}: impl must be one of {names}, got {impl!r}")
+    found = status(operator, impl, device.type)
+    if not found.ready:
+        raise RuntimeError(f"{operator}: impl={impl!r} cannot run on {device.type}: {found.reason}; {found.mend}")
+    return impl
+
+
+def _best(operator: str, device_type: str) -> str:
+    for backend in BACKENDS[:-1]:
+        found = status(operator, backend, device_type)
+        if found.ready:
+            return backend
+        if exists(operator, backend, device_type) and not torch.compiler.is_compiling():
+            _warn_once(operator, device_type, found)
+    return "reference"
+
+
+def _warn_once(operator: str, device_type: str, found: Status) -> None:
+    if found not in _warned:
+        _warned.add(found)
+        warnings.warn(
+            f"latro_kernels: {operator} on {device_type} runs on reference: {found.reason}; {found.mend}", stacklevel=5
+        )
+
+
+def _native_status(device_type: str) -> Status:
+    fault = _native.fault(device_type)
+    return Status(False, *fault) if fault else READY
+
+
+# Read at import, so that choosing is a dictionary look-up that torch.compile can trace.
+_STATUS = {("native", device_type): _native_status(device_type) for device_type in DEVICES}
+_warned: set[Status] = set()

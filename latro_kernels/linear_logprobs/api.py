@@ -1,0 +1,76 @@
+"""Log-probs of chosen tokens under a linear output head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from latro_kernels import checks
+from latro_kernels._autograd import accumulator, autocast_operands, first_order
+from latro_kernels.impl import choose
+from latro_kernels.linear_logprobs import reference
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """log softmax(softcap(logit_scale * (hidden[rows] Wᵀ + bias)) / temperature)[targets] -> [M].
+
+    hidden [T, D]; weight [V, D]; bias [V]; rows and targets [M], int64; a row may be scored any number of times.
+    temperature: a number, or one for each scored token [M]. softcap(s) = softcap * tanh(s / softcap).
+
+    The result is float32, or float64 for float64 inputs. Differentiable in hidden, weight and bias.
+    """
+    checks.check_tensors("linear_logprobs", hidden=hidden, weight=weight)
+    hidden, weight, bias = autocast_operands(hidden, weight, bias)
+    _check(hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
+    choose("linear_logprobs", impl, hidden.device)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(accumulator(hidden.dtype))
+    return reference.linear_logprobs(
+        first_order(hidden), first_order(weight), rows, targets, first_order(bias), temperature, softcap, logit_scale
+    )
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    operator = "linear_logprobs"
+    checks.check_shape(operator, "hidden", hidden, ("T", "D"))
+    checks.check_shape(operator, "weight", weight, ("V", hidden.shape[1]))
+    checks.check_shape(operator, "rows", rows, ("M",))
+    checks.check_shape(operator, "targets", targets, (rows.shape[0],))
+    checks.check_floating(operator, "hidden", hidden)
+    checks.check_like(operator, "weight", weight, "hidden", hidden)
+    for name, index, bound, letter in (("rows", rows, hidden, "T"), ("targets", targets, weight, "V")):
+        checks.check_index(operator, name, index)
+        checks.check_device(operator, name, index, "hidden", hidden)
+        checks.check_range(operator, name, index, bound.shape[0], letter)
+    if bias is not None:
+        checks.check_shape(operator, "bias", bias, (weight.shape[0],))
+        checks.check_like(operator, "bias", bias, "hidden", hidden)
+    if isinstance(temperature, Tensor):
+        checks.check_shape(operator, "temperature", temperature, (rows.shape[0],))
+        checks.check_device(operator, "temperature", temperature, "hidden", hidden)
+    else:
+        checks.check_positive(operator, "temperature", temperature)
+    if softcap is not None:
+        checks.check_positive(operator, "softcap", softcap)
+    checks.check_number(operator, "logit_scale", logit_scale)
+    checks.check_finite(operator, "hidden", hidden)
+    checks.check_finite(operator, "weight", weight)

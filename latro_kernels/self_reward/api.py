@@ -1,0 +1,217 @@
+"""LaTRO's loss: reward each rationale by the log-prob it gives to the answer.
+
+    r_k  = log π(y | x, z_k) − β log π(z_k | x) / π0(z_k | x)
+    A_k  = r_k − mean of the other r_j of the same prompt
+    loss = −(1/R) Σ_k [A_k log π(z_k | x) + λ log π(y | x, z_k)]     r and A detached
+
+Sizes: T hidden rows, D hidden, V vocabulary, M scored tokens, R rationales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latro_kernels import checks
+from latro_kernels._autograd import first_order
+from latro_kernels.impl import choose
+from latro_kernels.linear_logprobs.api import linear_logprobs
+from latro_kernels.self_reward import native
+from latro_kernels.self_reward import objective as reference
+from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
+from latro_kernels.tree import RATIONALE, ScoredTokens
+
+BACKENDS = {"native": native.self_reward, "reference": reference.self_reward}
+
+
+class SelfRewardLoss(NamedTuple):
+    """Only `loss` carries gradient. With an objective other than SelfReward, reward and advantage are NaN."""
+
+    loss: Tensor  # []
+    reward: Tensor  # [R]
+    advantage: Tensor  # [R]
+    kl: Tensor  # [R], NaN without ref_logps
+    rationale_logp: Tensor  # [R], log π(z | x)
+    answer_logp: Tensor  # [R], log π(y | x, z)
+    logps: Tensor  # [M]
+
+
+def fused_self_reward_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    scored: ScoredTokens,
+    *,
+    ref_logps: Tensor | None = None,
+    beta: float | None = None,
+    answer_weight: float | None = None,
+    objective: Objective | None = None,
+    advantage: Tensor | None = None,
+    denominator: float | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> SelfRewardLoss:
+    """The self-reward loss from hidden states and the weight of the output head.
+
+    hidden: [T, D], or [B, L, D] with the rows of `ScoredTokens.from_padded`. weight: [V, D]. bias: [V].
+    ref_logps: [M], `linear_logprobs` of the same tokens under the reference model; not read at answers.
+    beta, answer_weight: short for objective=SelfReward(beta, answer_weight); 0.05 and 1 by default.
+    objective: any `Objective`; `extras` are tensors for it.
+    advantage: [R], used as is in place of the leave-one-out advantage, so that a prompt's rationales may be split over
+        micro-batches or ranks.
+    denominator: what the sum over rationales is divided by; by default R. With micro-batches or ranks that hold
+        different numbers, give each the global number and add up the gradients.
+    temperature: of the rationales, which were sampled at it. Answers are scored at 1.
+    """
+    operator = "fused_self_reward_loss"
+    objective = _objective(operator, objective, beta, answer_weight)
+    hidden = _flatten(operator, hidden, scored)
+    checks.check_shape(operator, "weight", weight, ("V", hidden.shape[1]))
+    if weight.shape[0] < scored.plan.min_vocab:
+        raise ValueError(
+            f"{operator}: weight must have a row for target {scored.plan.min_vocab - 1}, got {weight.shape[0]} rows"
+        )
+    checks.check_positive(operator, "temperature", temperature)
+    given = _extras(operator, scored, hidden, ref_logps, advantage, denominator)
+    if isinstance(objective, SelfReward):
+        objective.check(scored, ref_logps, advantage)
+        if extras:
+            raise ValueError(f"{operator}: SelfReward reads no extras, got {sorted(extras)}")
+    choose(operator, impl, hidden.device)
+
+    part = "reference" if impl == "reference" else "auto"
+    logps = linear_logprobs(
+        hidden,
+        weight,
+        scored.rows,
+        scored.targets,
+        bias=bias,
+        temperature=_temperatures(temperature, scored),
+        softcap=softcap,
+        logit_scale=logit_scale,
+        impl=part,
+    )
+    if isinstance(objective, SelfReward):
+        terms = self_reward(logps, scored, objective, **given, impl=part)
+    else:
+        terms = _other_terms(objective(logps, scored, {**given, **(extras or {})}), logps, scored, ref_logps)
+    return SelfRewardLoss(
+        terms.loss, terms.reward, terms.advantage, terms.kl, terms.rationale_logp, terms.answer_logp, logps.detach()
+    )
+
+
+def self_reward(
+    logps: Tensor,
+    scored: ScoredTokens,
+    objective: SelfReward | None = None,
+    *,
+    ref_logps: Tensor | None = None,
+    advantage: Tensor | None = None,
+    denominator: float | None = None,
+    impl: str = "auto",
+) -> SelfRewardTerms:
+    """The self-reward objective alone: log-probs [M] to loss, reward, advantage, KL, and ∂loss/∂logps [M]."""
+    operator = "self_reward"
+    objective = SelfReward() if objective is None else objective
+    checks.check_shape(operator, "logps", logps, (scored.rows.shape[0],))
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{operator}: logps must have dtype torch.float32 or torch.float64, got {logps.dtype}")
+    checks.check_device(operator, "scored", scored.rows, "logps", logps)
+    given = _extras(operator, scored, logps, ref_logps, advantage, denominator)
+    objective.check(scored, ref_logps, advantage)
+    backend = BACKENDS[choose(operator, impl, logps.device)]
+    return backend(
+        first_order(logps),
+        scored,
+        objective,
+        _like(given.get("ref_logps"), logps),
+        _like(given.get("advantage"), logps),
+        float(given.get("denominator", scored.prompt.shape[0])),
+    )
+
+
+def _objective(
+    operator: str, objective: Objective | None, beta: float | None, answer_weight: float | None
+) -> Objective:
+    if objective is None:
+        defaults = SelfReward()
+        return SelfReward(
+            beta=defaults.beta if beta is None else beta,
+            answer_weight=defaults.answer_weight if answer_weight is None else answer_weight,
+        )
+    for name, value in (("beta", beta), ("answer_weight", answer_weight)):
+        if value is not None:
+            raise ValueError(
+                f"{operator}: {name} is short for objective=SelfReward({name}=...) and cannot stand beside objective, "
+                f"got {name}={value}"
+            )
+    if not callable(objective):
+        raise TypeError(f"{operator}: objective must be callable, got {type(objective).__name__}")
+    return objective
+
+
+def _flatten(operator: str, hidden: Tensor, scored: ScoredTokens) -> Tensor:
+    """hidden as [T, D]."""
+    checks.check_tensors(operator, hidden=hidden)
+    if not isinstance(scored, ScoredTokens):
+        raise TypeError(f"{operator}: scored must be ScoredTokens, got {type(scored).__name__}")
+    if hidden.dim() == 3:
+        hidden = hidden.flatten(0, 1)
+    checks.check_shape(operator, "hidden", hidden, (scored.plan.hidden_rows, "D"))
+    if scored.rows.device != hidden.device:
+        raise ValueError(
+            f"{operator}: scored must be on {hidden.device} with hidden, got {scored.rows.device}; "
+            f"use scored.to('{hidden.device}')"
+        )
+    return hidden
+
+
+def _extras(
+    operator: str,
+    scored: ScoredTokens,
+    like: Tensor,
+    ref_logps: Tensor | None,
+    advantage: Tensor | None,
+    denominator: float | None,
+) -> dict[str, Any]:
+    """What was given besides the log-probs, checked and detached."""
+    given: dict[str, Any] = {}
+    for name, tensor, size in (("ref_logps", ref_logps, scored.rows), ("advantage", advantage, scored.prompt)):
+        if tensor is not None:
+            checks.check_shape(operator, name, tensor, (size.shape[0],))
+            checks.check_floating(operator, name, tensor)
+            checks.check_device(operator, name, tensor, "hidden", like)
+            given[name] = tensor.detach()
+    if denominator is not None:
+        checks.check_positive(operator, "denominator", denominator)
+        given["denominator"] = denominator
+    return given
+
+
+def _temperatures(temperature: float, scored: ScoredTokens) -> float | Tensor:
+    """One for each scored token: the policy's at rationales, 1 elsewhere."""
+    if temperature == 1:
+        return 1.0
+    sampled = scored.kind[scored.segment] == RATIONALE
+    return torch.ones_like(sampled, dtype=torch.float64).masked_fill(sampled, temperature)
+
+
+def _like(tensor: Tensor | None, logps: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(logps.dtype)
+
+
+def _other_terms(loss: Tensor, logps: Tensor, scored: ScoredTokens, ref_logps: Tensor | None) -> SelfRewardTerms:
+    """The same record for an objective that defines no reward: what can be said of any."""
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"fused_self_reward_loss: objective must return a loss of shape [], got {got}")
+    unknown = logps.new_full((scored.prompt.shape[0],), torch.nan)
+    ref_logps = _like(ref_logps, logps)
+    terms = reference.self_reward(logps.detach(), scored, SelfReward(beta=0), ref_logps, unknown, 1.0)
+    return terms._replace(loss=loss, reward=unknown)

@@ -1,0 +1,418 @@
+"""Token rows that store each shared prefix once, and the tokens of such a row whose log-probs are wanted.
+
+A row holds a forest of token lists in depth-first order: `x z_1 y z_2 y ... z_K y`, prompt after prompt. In that order
+a token's descendants are contiguous, so one integer per token is the whole attention mask:
+
+    query i sees key j   <=>   j <= i < reach[j]
+
+and `previous[t]`, the token before t on its own path, replaces shifting, padding and ignored labels: the log-prob of
+token t is read at hidden row previous[t].
+
+Sizes: T tokens, M scored tokens, S segments, R rationales, P prompts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# What a segment of scored tokens is: z after x, y after x and z, or y straight after x.
+RATIONALE, ANSWER, BASELINE = 0, 1, 2
+
+# Rows of an attention tile: one warpgroup's matrix instruction on Hopper has 64.
+TILE = 64
+
+Tokens = Sequence[int]
+Record = TypeVar("Record", bound="_TensorRecord")
+
+
+@dataclass(frozen=True, eq=False)
+class _TensorRecord:
+    """Tensors that move between devices together."""
+
+    def to(self: Record, device: torch.device | str | int, non_blocking: bool = False) -> Record:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        movable = {name: value for name, value in values.items() if isinstance(value, Tensor | _TensorRecord)}
+        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in movable.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class TreeTiles(_TensorRecord):
+    """The attention work list: for each tile of queries, the tiles of keys that it sees.
+
+    A query tile is at most TILE consecutive tokens of one path, so a key before the tile is seen by all of its queries
+    or by none. Key tile c holds the keys c * TILE <= j < (c + 1) * TILE.
+    """
+
+    query: Tensor  # [Q, 2] int32: the first row, and one past the last
+    offset: Tensor  # [Q + 1] int32: query tile n sees key[offset[n]:offset[n + 1]]
+    key: Tensor  # [N] int32, ascending within a query tile
+    full: Tensor  # [N] bool: every query of the tile sees every key
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree(_TensorRecord):
+    """A forest of token lists as one row of T tokens."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64: the tokens before this one on its path
+    reach: Tensor  # [T] int64: one past the last token that may attend to this one
+    previous: Tensor  # [T] int64: the token before this one on its path, -1 at a root
+    node: Tensor  # [T] int64: the index in `nodes` that the token came from
+    tiles: TreeTiles
+
+    @staticmethod
+    def pack(nodes: Sequence[Tokens], parents: Sequence[int]) -> PrefixTree:
+        """Lay out `nodes` depth first. parents[n] is an earlier node, or -1 for a root, which must have a token."""
+        return _pack("PrefixTree.pack", nodes, parents, [f"nodes[{n}]" for n in range(len(nodes))])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class LossPlan:
+    """The offsets and sizes of `ScoredTokens` for the host, which launches the kernels. Never moved to a device."""
+
+    segment_tokens: Tensor  # [S + 1] int64: segment s holds the scored tokens segment_tokens[s]:segment_tokens[s + 1]
+    group_segments: Tensor  # [P + 1] int64: the segments of each prompt, likewise
+    group_rationales: Tensor  # [P + 1] int64: the rationales of each prompt, likewise
+    smallest_group: int  # fewest rationales of one prompt
+    hidden_rows: int  # rows that `hidden` must have
+    min_vocab: int  # the largest target, plus one
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTokens(_TensorRecord):
+    """Which tokens are scored, from which hidden row, and what they belong to.
+
+    Tokens are sorted by segment and segments by prompt. A rationale has one RATIONALE segment, which may be empty, and
+    an ANSWER segment for each option; option 0 is the right answer. A BASELINE segment belongs to no single rationale
+    and carries the first one of its prompt.
+    """
+
+    rows: Tensor  # [M] int64: the hidden row that predicts the token
+    targets: Tensor  # [M] int64
+    segment: Tensor  # [M] int64
+    kind: Tensor  # [S] int64: RATIONALE, ANSWER or BASELINE
+    rationale: Tensor  # [S] int64
+    option: Tensor  # [S] int64: which of several answers
+    prompt: Tensor  # [R] int64: the prompt of each rationale, ascending
+    plan: LossPlan
+
+    @staticmethod
+    def from_padded(
+        input_ids: Tensor, rationale_mask: Tensor, answer_mask: Tensor, num_generations: int
+    ) -> ScoredTokens:
+        """Score a padded batch [N * K, L], in which K = `num_generations` consecutive rows share a prompt.
+
+        The masks mark the tokens of z and of y, padding may be on either side, and rows index the flattened [N * K * L]
+        hidden states. Reads the masks on the host once: on CUDA tensors this synchronises.
+        """
+        _check_padded(input_ids, rationale_mask, answer_mask, num_generations)
+        batch, length = input_ids.shape
+        in_answer = answer_mask.bool()
+        row, column = (rationale_mask.bool() | in_answer).nonzero(as_tuple=True)
+        flat = row * length + column
+        segment = 2 * row + in_answer[row, column].long()
+        order = segment.argsort(stable=True)
+        flat = flat[order]
+        targets = input_ids.reshape(-1)[flat].long()
+
+        device = input_ids.device
+        rationales = torch.arange(batch, device=device)
+        return ScoredTokens(
+            rows=flat - 1,
+            targets=targets,
+            segment=segment[order],
+            kind=torch.tensor([RATIONALE, ANSWER], device=device).repeat(batch),
+            rationale=rationales.repeat_interleave(2),
+            option=torch.zeros(2 * batch, dtype=torch.int64, device=device),
+            prompt=rationales // num_generations,
+            plan=LossPlan(
+                segment_tokens=_offsets(torch.bincount(segment, minlength=2 * batch).tolist()),
+                group_segments=torch.arange(0, 2 * batch + 1, 2 * num_generations),
+                group_rationales=torch.arange(0, batch + 1, num_generations),
+                smallest_group=num_generations,
+                hidden_rows=batch * length,
+                min_vocab=int(targets.max()) + 1,
+            ),
+        )
+
+
+def pack_rationales(
+    prompts: Sequence[Tokens],
+    rationales: Sequence[Sequence[Tokens]],
+    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
+    *,
+    ends: int | Sequence[Sequence[int | None]] | None = None,
+    baseline: bool = False,
+) -> tuple[PrefixTree, ScoredTokens]:
+    """Pack x, its rationales z_k and after each of them y, for N prompts.
+
+    prompts: N token lists. rationales: for each prompt, K_n token lists, any of which may be empty.
+    answers: for each prompt one token list, or a list of them (options, the right one first).
+    ends: the token that ended a rationale, for all of them or one each (None where it was cut off). It is scored with
+        the rationale, on a side leaf that the answer does not see.
+    baseline: also score y straight after x.
+    """
+    _check_groups(prompts, rationales, answers, ends)
+    packing = _Packing()
+    for n, prompt in enumerate(prompts):
+        options = _options(answers[n], n)
+        root = packing.node(prompt, -1, f"prompts[{n}]")
+        first = len(packing.prompt)
+        for k, rationale in enumerate(rationales[n]):
+            r = len(packing.prompt)
+            packing.prompt.append(n)
+            node = packing.node(rationale, root, f"rationales[{n}][{k}]")
+            end = ends[n][k] if isinstance(ends, Sequence) else ends
+            if end is not None:
+                packing.node([end], node, f"ends of rationales[{n}][{k}]")
+            # An end leaf is laid out straight after its rationale, so one token more is all it takes to score it.
+            packing.segment(RATIONALE, r, 0, node, extra=end is not None)
+            for o, (name, answer) in enumerate(options):
+                packing.segment(ANSWER, r, o, packing.node(answer, node, name))
+        if baseline:
+            for o, (name, answer) in enumerate(options):
+                packing.segment(BASELINE, first, o, packing.node(answer, root, name))
+    return packing.finish()
+
+
+class _Packing:
+    """The nodes and segments of a row while it is put together."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Tokens] = []
+        self.parents: list[int] = []
+        self.names: list[str] = []
+        self.segments: list[tuple[int, int, int, int, int]] = []  # kind, rationale, option, node, extra tokens
+        self.prompt: list[int] = []
+
+    def node(self, tokens: Tokens, parent: int, name: str) -> int:
+        self.nodes.append(tokens)
+        self.parents.append(parent)
+        self.names.append(name)
+        return len(self.nodes) - 1
+
+    def segment(self, kind: int, rationale: int, option: int, node: int, extra: int = 0) -> None:
+        self.segments.append((kind, rationale, option, node, extra))
+
+    def finish(self) -> tuple[PrefixTree, ScoredTokens]:
+        tree, starts, lengths = _pack("pack_rationales", self.nodes, self.parents, self.names)
+        kind, rationale, option, node, extra = (torch.tensor(column) for column in zip(*self.segments, strict=True))
+        count = lengths[node] + extra
+        offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        segment = torch.arange(len(kind)).repeat_interleave(count)
+        token = torch.arange(len(segment)) + (starts[node] - offsets[:-1])[segment]
+        prompt = torch.tensor(self.prompt)
+        group = torch.bincount(prompt)
+        scored = ScoredTokens(
+            rows=tree.previous[token],
+            targets=tree.tokens[token],
+            segment=segment,
+            kind=kind,
+            rationale=rationale,
+            option=option,
+            prompt=prompt,
+            plan=LossPlan(
+                segment_tokens=offsets,
+                group_segments=_offsets(torch.bincount(prompt[rationale]).tolist()),
+                group_rationales=_offsets(group.tolist()),
+                smallest_group=int(group.min()),
+                hidden_rows=len(tree.tokens),
+                min_vocab=int(tree.tokens[token].max()) + 1,
+            ),
+        )
+        return tree, scored
+
+
+def _pack(
+    operator: str, nodes: Sequence[Tokens], parents: Sequence[int], names: Sequence[str]
+) -> tuple[PrefixTree, Tensor, Tensor]:
+    """The tree, and where each node starts and how many tokens it has."""
+    if len(nodes) != len(parents):
+        raise ValueError(f"{operator}: parents must have one entry per node, {len(nodes)}, got {len(parents)}")
+    if not len(nodes):
+        raise ValueError(f"{operator}: nodes must not be empty")
+    lists = [_token_list(operator, tokens, name) for tokens, name in zip(nodes, names, strict=True)]
+    length = [len(tokens) for tokens in lists]
+    for n, parent in enumerate(parents):
+        if not -1 <= parent < n:
+            raise ValueError(f"{operator}: parents[{n}] must be -1 or an earlier node, got {parent}")
+        if parent == -1 and not length[n]:
+            raise ValueError(f"{operator}: {names[n]} is a root and must have at least one token, got none")
+
+    size = list(length)  # tokens of the subtree
+    for n in reversed(range(len(nodes))):
+        if parents[n] >= 0:
+            size[parents[n]] += size[n]
+    start, position, last = [0] * len(nodes), [0] * len(nodes), [-1] * len(nodes)
+    free = list(start)  # where the next child of a node goes
+    free_root = 0
+    for n, parent in enumerate(parents):
+        if parent < 0:
+            start[n], free_root = free_root, free_root + size[n]
+        else:
+            start[n], position[n], last[n] = free[parent], position[parent] + length[parent], last[parent]
+            free[parent] += size[n]
+        free[n] = start[n] + length[n]
+        last[n] = free[n] - 1 if length[n] else last[n]
+
+    order = sorted((n for n in range(len(nodes)) if length[n]), key=start.__getitem__)
+    tokens = torch.frombuffer(bytearray().join(lists[n] for n in order), dtype=torch.int64)
+    if int(tokens.min()) < 0:
+        n = next(n for n in order if min(lists[n]) < 0)
+        raise ValueError(f"{operator}: {names[n]} must hold token ids >= 0, got {min(lists[n])}")
+    starts, lengths, sizes = torch.tensor(start), torch.tensor(length), torch.tensor(size)
+    node = torch.tensor(order).repeat_interleave(lengths[order])
+    row = torch.arange(len(tokens))
+    reach = (starts + sizes)[node]
+    previous = row - 1
+    parent_last = [last[parents[n]] if parents[n] >= 0 else -1 for n in order]
+    previous[starts[order]] = torch.tensor(parent_last)
+    tree = PrefixTree(
+        tokens=tokens,
+        positions=row + (torch.tensor(position) - starts)[node],
+        reach=reach,
+        previous=previous,
+        node=node,
+        tiles=_tiles(reach, previous),
+    )
+    return tree, starts, lengths
+
+
+def _tiles(reach: Tensor, previous: Tensor) -> TreeTiles:
+    row = torch.arange(len(reach))
+    run_start = (previous != row - 1) | (previous < 0)  # a run is a stretch of one path
+    run = run_start.cumsum(0) - 1
+    first = row[run_start]
+    begin = row[(row - first[run]) % TILE == 0]
+    end = torch.cat([begin[1:], begin.new_tensor([len(reach)])])
+
+    # Candidates: from the first key of the query's root to its own last row.
+    root = row[previous < 0]
+    root_first = root[torch.searchsorted(root, begin, right=True) - 1]
+    key_first, key_last = root_first // TILE, (end - 1) // TILE
+    count = key_last - key_first + 1
+    query = torch.arange(len(begin)).repeat_interleave(count)
+    key = torch.arange(len(query)) - (count.cumsum(0) - count - key_first)[query]
+
+    padding = -len(reach) % TILE
+    shortest = torch.nn.functional.pad(reach, (0, padding), value=len(reach)).view(-1, TILE).amin(1)[key]
+    longest = torch.nn.functional.pad(reach, (0, padding), value=0).view(-1, TILE).amax(1)[key]
+    a, b = begin[query], end[query]
+    seen = longest > a
+    full = (key * TILE + TILE - 1 <= a) & (shortest >= b)
+    per_query = torch.bincount(query[seen], minlength=len(begin))
+    return TreeTiles(
+        query=torch.stack([begin, end], 1).int(),
+        offset=torch.cat([per_query.new_zeros(1), per_query.cumsum(0)]).int(),
+        key=key[seen].int(),
+        full=full[seen],
+    )
+
+
+def _offsets(counts: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(counts)])
+
+
+def _token_list(operator: str, tokens: Tokens, name: str) -> array[int]:
+    try:
+        return array("q", tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+    except (TypeError, OverflowError):
+        raise TypeError(f"{operator}: {name} must be a list of token ids, got {tokens!r:.80}") from None
+
+
+def _options(answer: Tokens | Sequence[Tokens], n: int) -> list[tuple[str, Tokens]]:
+    """The named options of a prompt's answer, which may be given as a single token list."""
+    single = len(answer) > 0 and hasattr(answer[0], "__index__") and getattr(answer[0], "ndim", 0) == 0
+    if single:
+        return [(f"answers[{n}]", cast(Tokens, answer))]
+    named = [(f"answers[{n}][{o}]", option) for o, option in enumerate(cast(Sequence[Tokens], answer))]
+    if not named:
+        raise ValueError(f"pack_rationales: answers[{n}] must have at least one token, got none")
+    for name, option in named:
+        if not len(option):
+            raise ValueError(f"pack_rationales: {name} must have at least one token, got none")
+    return named
+
+
+def _check_groups(
+    prompts: Sequence[Tokens],
+    rationales: Sequence[Sequence[Tokens]],
+    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
+    ends: int | Sequence[Sequence[int | None]] | None,
+) -> None:
+    if not len(prompts):
+        raise ValueError("pack_rationales: prompts must not be empty")
+    for name, per_prompt in (("rationales", rationales), ("answers", answers), ("ends", ends)):
+        if isinstance(per_prompt, Sequence) and len(per_prompt) != len(prompts):
+            raise ValueError(
+                f"pack_rationales: {name} must have one entry per prompt, {len(prompts)}, got {len(per_prompt)}"
+            )
+    for n, group in enumerate(rationales):
+        if not len(group):
+            raise ValueError(f"pack_rationales: rationales[{n}] must hold at least one rationale, got none")
+        if isinstance(ends, Sequence) and len(ends[n]) != len(group):
+            raise ValueError(
+                f"pack_rationales: ends[{n}] must have one entry per rationale, {len(group)}, got {len(ends[n])}"
+            )
+
+
+def _check_padded(input_ids: Tensor, rationale_mask: Tensor, answer_mask: Tensor, num_generations: int) -> None:
+    def require(rule: bool, message: str) -> None:
+        if not rule:
+            raise ValueError(f"ScoredTokens.from_padded: {message}")
+
+    require(input_ids.dim() == 2, f"input_ids must have shape [N * K, L], got {list(input_ids.shape)}")
+    for name, mask in (("rationale_mask", rationale_mask), ("answer_mask", answer_mask)):
+        require(
+            mask.shape == input_ids.shape,
+            f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(mask.shape)}",
+        )
+        require(
+            mask.device == input_ids.device, f"{name} must be on {input_ids.device} with input_ids, got {mask.device}"
+        )
+    batch, length = input_ids.shape
+    require(batch > 0 and length > 0, f"input_ids must not be empty, got {[batch, length]}")
+    require(
+        num_generations >= 1 and batch % num_generations == 0,
+        f"num_generations must divide the {batch} rows of input_ids, got {num_generations}",
+    )
+    z, y = rationale_mask.bool(), answer_mask.bool()
+    column = torch.arange(length, device=input_ids.device)
+    last_z = torch.where(z, column, -1).amax(1)
+    first_y = torch.where(y, column, length).amin(1)
+    # One read back for every rule on values.
+    wrong = torch.stack([(z & y).any(1), z[:, 0] | y[:, 0], first_y == length, last_z > first_y], 1).tolist()
+    rules = (
+        "rationale_mask and answer_mask must not mark the same token",
+        "the masks must not mark the first column, which nothing predicts",
+        "answer_mask must mark at least one token of every row",
+        "a row's rationale must end before its answer",
+    )
+    for b, flags in enumerate(wrong):
+        for rule, is_wrong in zip(rules, flags, strict=True):
+            require(not is_wrong, f"{rule}, got row {b}")
+
+
+def _register(cls: type, host: tuple[str, ...] = ()) -> None:
+    """Make `cls` a pytree whose leaves are its tensors; `host` names fields that are plain Python."""
+    names = [field.name for field in fields(cls) if field.name not in host]
+    pytree.register_pytree_node(
+        cls,
+        lambda record: ([getattr(record, name) for name in names], tuple(getattr(record, name) for name in host)),
+        lambda values, context: cls(**dict(zip(names, values, strict=True)), **dict(zip(host, context, strict=True))),
+        serialized_type_name=f"latro_kernels.{cls.__name__}",
+    )
+
+
+_register(TreeTiles)
+_register(PrefixTree)
+_register(LossPlan, host=("smallest_group", "hidden_rows", "min_vocab"))
+_register(ScoredTokens)

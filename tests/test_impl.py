@@ -1,0 +1,118 @@
+"""The choice of a backend: what "auto" takes, what a named backend says when it cannot run."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from latro_kernels import _native, impl
+from latro_kernels.impl import BACKENDS, DEVICES, OPERATORS, Status
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def native_missing(monkeypatch):
+    """As on a machine without a compiler."""
+    monkeypatch.setitem(impl._STATUS, ("native", "cpu"), Status(False, "no compiler", "install one"))
+    monkeypatch.setattr(impl, "_warned", set())
+
+
+@pytest.mark.parametrize(("operator", "device"), itertools.product(OPERATORS, DEVICES))
+@pytest.mark.filterwarnings("ignore:.* runs on reference")
+def test_auto_takes_the_first_that_is_ready(operator, device):
+    ready = [backend for backend in BACKENDS if impl.status(operator, backend, device).ready]
+    assert impl.choose(operator, "auto", torch.device(device)) == ready[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "meta"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_reference_runs_everywhere(operator, device):
+    assert impl.status(operator, "reference", device) == Status(True)
+    assert impl.choose(operator, "reference", torch.device(device)) == "reference"
+
+
+@pytest.mark.parametrize("name", ["cuda", "Native", "", None, 1])
+def test_an_unknown_name_is_refused_with_the_known_ones(name):
+    with pytest.raises(
+        ValueError, match="self_reward: impl must be one of 'auto', 'native', 'triton', 'reference', got"
+    ):
+        impl.choose("self_reward", name, CPU)
+
+
+def test_a_kernel_that_is_not_written_is_refused():
+    message = "tree_attention: impl='native' cannot run on cpu: tree_attention has no native kernel for cpu; use impl="
+    with pytest.raises(RuntimeError, match=message):
+        impl.choose("tree_attention", "native", CPU)
+
+
+def test_a_kernel_that_is_not_ready_is_refused_with_reason_and_mend(native_missing):
+    message = "self_reward: impl='native' cannot run on cpu: no compiler; install one"
+    with pytest.raises(RuntimeError, match=message):
+        impl.choose("self_reward", "native", CPU)
+
+
+def test_auto_says_once_that_a_kernel_is_missing(native_missing):
+    message = "self_reward on cpu runs on reference: no compiler; install one"
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert [impl.choose("self_reward", "auto", CPU) for _ in range(3)] == ["reference"] * 3
+    assert len(caught) == 1
+
+
+def test_auto_is_silent_where_nothing_is_missing(native_missing):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert impl.choose("tree_attention", "auto", CPU) == "reference"  # has no kernel to miss
+        assert impl.choose("self_reward", "auto", torch.device("meta")) == "reference"
+        assert impl.choose("self_reward", "reference", CPU) == "reference"
+
+
+def test_choosing_is_traced_without_a_break_and_without_a_warning(native_missing):
+    def double(x):
+        return x * 2 if impl.choose("self_reward", "auto", x.device) == "reference" else x
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(double, fullgraph=True, backend="eager")
+        assert compiled(torch.ones(())) == 2
+
+
+@pytest.mark.parametrize(("operator", "backend"), impl.KERNELS)
+def test_ready_native_kernels_are_registered(operator, backend):
+    for device in impl.KERNELS[operator, backend]:
+        if backend == "native" and impl.status(operator, backend, device).ready:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"latro_kernels::{operator}", device.upper())
+
+
+def test_the_extension_explains_itself():
+    assert _native.available == (_native.reason is None) == (_native.mend is None)
+    assert (_native.fault("cpu") is None) == _native.available
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cpu", "1.13.0.dev20220101"])
+def test_a_torch_out_of_range_is_not_loaded_into(version):
+    reason, mend = _native._load({}, version)
+    assert reason == f"the extension serves torch>=2.11,<2.14, this is torch {version}"
+    assert mend == "install torch>=2.11,<2.14"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'latro_kernels._C'"), "the extension latro_kernels._C is not built"),
+        (ImportError("undefined symbol: f"), "the extension latro_kernels._C does not load: undefined symbol: f"),
+    ],
+)
+def test_an_extension_that_does_not_load_says_why(monkeypatch, error, reason):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(_native.importlib, "import_module", fail)
+    assert _native._load({}, "2.11.0") == (reason, "run `pip install -e .` again")
+
+
+def test_an_install_without_a_compiler_is_remembered():
+    build = {"missing": {"cpu": ["no compiler", "install one"], "cuda": ["no compiler", "install one"]}}
+    assert _native._load(build, "2.11.0") == ("no compiler", "install one")

@@ -1,0 +1,147 @@
+import itertools
+
+import pytest
+import torch
+
+from latro_kernels import SelfReward, self_reward
+from latro_kernels.impl import status
+from latro_kernels.testing import assert_error_about_eagers, random_batch
+
+NATIVE = status("self_reward", "native", "cpu")
+IMPLS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")),
+]
+OBJECTIVES = [
+    SelfReward(beta=beta, answer_weight=answer_weight, kl=kl, floor=floor, scale=scale)
+    for (beta, answer_weight), kl, floor, scale in itertools.product(
+        [(0.05, 1.0), (0.0, 0.0), (0.5, 0.3)], ["k1", "k2", "k3"], [None, -2.5], [None, "group", "batch"]
+    )
+]
+
+
+def inputs(seed=0, dtype=torch.float64, options=1, **pack):
+    batch = random_batch(seed, vocab=40)
+    answers = [[answer, *([[3, 4]] * (options - 1))] for answer in batch.answers]
+    _, scored = type(batch)(batch.prompts, batch.rationales, answers).pack(ends=39, baseline=True, **pack)
+    generator = torch.Generator().manual_seed(seed)
+    logps = -torch.rand(len(scored.rows), generator=generator, dtype=torch.float64) * 3
+    ref_logps = logps + torch.randn(logps.shape, generator=generator, dtype=torch.float64)
+    return logps.to(dtype), scored, ref_logps.to(dtype)
+
+
+def plain(logps, scored, objective, ref_logps, advantage=None, denominator=None):
+    """Rationale by rationale, in the words of the formula: loss, reward, advantage, kl."""
+    R = len(scored.prompt)
+    of = [[[] for _ in range(R)] for _ in range(2)]
+    for m, s in enumerate(scored.segment.tolist()):
+        if scored.kind[s] != 2 and scored.option[s] == 0:
+            of[scored.kind[s]][scored.rationale[s]].append(m)
+    z = torch.stack([logps[m].sum() for m in of[0]])
+    y = torch.stack([logps[m].sum() for m in of[1]])
+    estimate = {
+        "k1": lambda d: d,
+        "k2": lambda d: d**2 / 2,
+        "k3": lambda d: torch.exp(-d) - 1 + d,
+    }[objective.kl]
+    kl = torch.stack([estimate(logps[m] - ref_logps[m]).sum() for m in of[0]])
+    reward = y.detach() if objective.floor is None else torch.maximum(y.detach(), torch.tensor(objective.floor))
+    if objective.kl == "k1":
+        reward = reward - objective.beta * kl.detach()
+    if advantage is None:
+        advantage = torch.empty_like(reward)
+        for n in scored.prompt.unique():
+            group = (scored.prompt == n).nonzero().flatten().tolist()
+            for k in group:
+                others = [reward[j] for j in group if j != k]
+                advantage[k] = reward[k] - sum(others) / len(others)
+            if objective.scale == "group":
+                advantage[group] /= reward[group].std() + 1e-4
+        if objective.scale == "batch":
+            advantage /= reward.std() + 1e-4
+    denominator = R if denominator is None else denominator
+    loss = -(advantage * z + objective.answer_weight * y).sum() / denominator
+    if objective.kl != "k1":
+        loss = loss + objective.beta * kl.sum() / denominator
+    return loss, reward, advantage, kl.detach()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_equals_the_formula_forward_and_backward(objective, impl):
+    logps, scored, ref_logps = inputs(options=2)
+    logps.requires_grad_()
+    terms = self_reward(logps, scored, objective, ref_logps=ref_logps, impl=impl)
+    expected = plain(logps, scored, objective, ref_logps)
+    for name, value in zip(("loss", "reward", "advantage", "kl"), expected, strict=True):
+        torch.testing.assert_close(
+            getattr(terms, name), value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    (ours,) = torch.autograd.grad(3 * terms.loss, logps)
+    (theirs,) = torch.autograd.grad(expected[0], logps)
+    torch.testing.assert_close(ours, 3 * theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(terms.coefficients, theirs, rtol=1e-12, atol=1e-12)
+    assert [value.requires_grad for value in terms] == [True] + [False] * 6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("objective", [SelfReward(), SelfReward(kl="k3", scale="batch")], ids=str)
+def test_given_advantage_and_denominator_are_used_as_they_are(objective, impl):
+    logps, scored, ref_logps = inputs()
+    advantage = torch.linspace(-1, 3, len(scored.prompt), dtype=torch.float64)
+    given = {"advantage": advantage, "denominator": 17}
+    terms = self_reward(logps, scored, objective, ref_logps=ref_logps, impl=impl, **given)
+    loss, reward, _, _ = plain(logps, scored, objective, ref_logps, **given)
+    torch.testing.assert_close(terms.loss, loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(terms.reward, reward, rtol=1e-13, atol=0)
+    assert torch.equal(terms.advantage, advantage)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_a_reference_model_kl_is_not_a_number(impl):
+    logps, scored, _ = inputs()
+    terms = self_reward(logps, scored, SelfReward(beta=0), impl=impl)
+    assert terms.kl.isnan().all()
+    assert not any(value.isnan().any() for name, value in terms._asdict().items() if name != "kl")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_reference_log_probs_of_answers_are_not_read(kl, impl):
+    logps, scored, ref_logps = inputs()
+    expected = self_reward(logps, scored, SelfReward(kl=kl), ref_logps=ref_logps, impl=impl)
+    ref_logps[scored.kind[scored.segment] != 0] = torch.nan
+    actual = self_reward(logps, scored, SelfReward(kl=kl), ref_logps=ref_logps, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("floor", [None, -1.0])
+def test_nan_goes_through(kind, floor, impl):
+    logps, scored, ref_logps = inputs()
+    logps[(scored.kind[scored.segment] == kind).nonzero()[0]] = torch.nan
+    assert self_reward(logps, scored, SelfReward(floor=floor), ref_logps=ref_logps, impl=impl).loss.isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_error_is_about_eagers_in_float32(kl, impl):
+    objective = SelfReward(kl=kl, scale="group")
+
+    def result(seed, dtype, impl):
+        logps, scored, ref_logps = inputs(seed, torch.float32)
+        terms = self_reward(logps.to(dtype), scored, objective, ref_logps=ref_logps, impl=impl)
+        return torch.cat([terms.loss[None], terms.reward, terms.advantage, terms.coefficients])
+
+    assert_error_about_eagers(
+        actual=lambda seed: result(seed, torch.float32, impl),
+        eager=lambda seed: result(seed, torch.float32, "reference"),
+        exact=lambda seed: result(seed, torch.float64, "reference"),
+        what=f"self_reward[{impl}]",
+    )
+
+
+def test_an_objective_says_what_it_couples():
+    assert SelfReward().couples == SelfReward(scale="group").couples == "group"
+    assert SelfReward(scale="batch").couples == "batch"

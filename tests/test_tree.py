@@ -1,0 +1,207 @@
+import pickle
+import random
+import time
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from latro_kernels import ANSWER, BASELINE, RATIONALE, PrefixTree, ScoredTokens, pack_rationales
+from latro_kernels.testing import random_batch, random_forest
+from latro_kernels.tree import TILE
+
+
+def ancestors(tree: PrefixTree, t: int) -> list[int]:
+    """The tokens on t's path, found by walking up."""
+    path = []
+    while t != -1:
+        path.append(t)
+        t = int(tree.previous[t])
+    return path[::-1]
+
+
+def visible(tree: PrefixTree) -> torch.Tensor:
+    row = torch.arange(len(tree.tokens))
+    return (row <= row[:, None]) & (row[:, None] < tree.reach)
+
+
+def path_of(nodes, parents, n):
+    return (path_of(nodes, parents, parents[n]) if parents[n] >= 0 else []) + nodes[n]
+
+
+@pytest.mark.parametrize("first_seed", range(0, 3000, 300))
+def test_reach_equals_ancestor_search(first_seed):
+    for seed in range(first_seed, first_seed + 300):
+        nodes, parents = random_forest(seed, nodes=1 + seed % 17)
+        tree = PrefixTree.pack(nodes, parents)
+        expected = torch.zeros(len(tree.tokens), len(tree.tokens), dtype=torch.bool)
+        for t in range(len(tree.tokens)):
+            expected[t, ancestors(tree, t)] = True
+        assert torch.equal(visible(tree), expected), f"seed {seed}: {nodes}, {parents}"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_every_path_reads_as_its_nodes(seed):
+    nodes, parents = random_forest(seed)
+    tree = PrefixTree.pack(nodes, parents)
+    assert len(tree.tokens) == sum(map(len, nodes))
+    for n, tokens in enumerate(nodes):
+        own = (tree.node == n).nonzero().flatten()
+        assert tree.tokens[own].tolist() == tokens
+        if tokens:
+            path = ancestors(tree, int(own[-1]))
+            assert tree.tokens[path].tolist() == path_of(nodes, parents, n)
+            assert tree.positions[path].tolist() == list(range(len(path)))
+
+
+def test_a_deep_chain_of_single_tokens():
+    tree = PrefixTree.pack([[n] for n in range(2000)], list(range(-1, 1999)))
+    assert tree.tokens.tolist() == list(range(2000))
+    assert tree.reach.tolist() == [2000] * 2000
+    assert tree.previous.tolist() == list(range(-1, 1999))
+
+
+@pytest.mark.parametrize("longest", [3, 40, 200])
+@pytest.mark.parametrize("seed", range(20))
+def test_tiles_hold_every_visible_pair_and_nothing_else(seed, longest):
+    nodes, parents = random_forest(seed, nodes=15, longest=longest)
+    tree = PrefixTree.pack(nodes, parents)
+    mask, tiles = visible(tree), tree.tiles
+    listed = torch.zeros_like(mask)
+    assert tiles.query.flatten()[1:-1:2].tolist() == tiles.query.flatten()[2::2].tolist(), "query tiles must abut"
+    for n, (a, b) in enumerate(tiles.query.tolist()):
+        assert 0 < b - a <= TILE
+        for entry in range(tiles.offset[n], tiles.offset[n + 1]):
+            keys = slice(int(tiles.key[entry]) * TILE, int(tiles.key[entry] + 1) * TILE)
+            block = mask[a:b, keys]
+            assert block.any()
+            assert bool(tiles.full[entry]) == bool(block.all() and block.shape[1] == TILE)
+            listed[a:b, keys] = True
+    assert not (mask & ~listed).any()
+    assert tiles.query[0, 0] == 0 and tiles.query[-1, 1] == len(tree.tokens)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("end", [None, 49, "some"])
+@pytest.mark.parametrize("seed", range(10))
+def test_packed_segments_are_the_paths(seed, end, baseline):
+    batch = random_batch(seed, vocab=40)
+    rng = random.Random(seed)
+    ends = end
+    if end == "some":
+        ends = [[rng.choice([None, 48, 49]) for _ in group] for group in batch.rationales]
+    options = [[answer, [*answer, 7], [3]] for answer in batch.answers]
+    tree, scored = pack_rationales(batch.prompts, batch.rationales, options, ends=ends, baseline=baseline)
+
+    expected = []
+    r = 0
+    for n, prompt in enumerate(batch.prompts):
+        first = r
+        for k, rationale in enumerate(batch.rationales[n]):
+            tail = ends[n][k] if end == "some" else end
+            expected.append((RATIONALE, r, 0, prompt, rationale + ([] if tail is None else [tail])))
+            expected += [(ANSWER, r, o, prompt + rationale, y) for o, y in enumerate(options[n])]
+            r += 1
+        if baseline:
+            expected += [(BASELINE, first, o, prompt, y) for o, y in enumerate(options[n])]
+
+    assert len(expected) == len(scored.kind)
+    assert scored.segment.tolist() == sorted(scored.segment.tolist())
+    for s, (kind, rationale, option, context, tokens) in enumerate(expected):
+        assert (scored.kind[s], scored.rationale[s], scored.option[s]) == (kind, rationale, option)
+        own = slice(*scored.plan.segment_tokens[s : s + 2].tolist())
+        assert scored.segment[own].tolist() == [s] * len(tokens)
+        assert scored.targets[own].tolist() == tokens
+        for i, row in enumerate(scored.rows[own].tolist()):
+            assert tree.tokens[ancestors(tree, row)].tolist() == context + tokens[:i]
+
+    sizes = [len(group) for group in batch.rationales]
+    assert scored.prompt.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
+    assert scored.plan.group_rationales.diff().tolist() == sizes
+    assert scored.plan.group_segments.diff().tolist() == [size * 4 + 3 * baseline for size in sizes]
+    assert scored.plan.smallest_group == min(sizes)
+    assert scored.plan.hidden_rows == len(tree.tokens)
+    assert scored.plan.min_vocab == int(scored.targets.max()) + 1
+
+
+def test_ends_are_scored_but_not_seen_by_the_answer():
+    tree, scored = pack_rationales([[1]], [[[2, 3]]], [[4]], ends=9)
+    assert scored.targets.tolist() == [2, 3, 9, 4]
+    assert tree.tokens.tolist() == [1, 2, 3, 9, 4]
+    assert scored.rows.tolist() == [0, 1, 2, 2]
+    assert visible(tree)[4].tolist() == [True, True, True, False, True]
+
+
+def pad(batch, side, vocab=40):
+    """input_ids and masks as a trainer has them: left-padded prompts, or all padding on the right."""
+    rows, z_mask, y_mask = [], [], []
+    for prompt, group, answer in zip(batch.prompts, batch.rationales, batch.answers, strict=True):
+        for z in group:
+            rows.append(prompt + z + answer)
+            z_mask.append([0] * len(prompt) + [1] * len(z) + [0] * len(answer))
+            y_mask.append([0] * (len(prompt) + len(z)) + [1] * len(answer))
+    width = max(map(len, rows)) + 2
+
+    def padded(lists):
+        return torch.tensor(
+            [([0] * (width - len(a)) + a) if side == "left" else (a + [0] * (width - len(a))) for a in lists]
+        )
+
+    return padded(rows), padded(z_mask), padded(y_mask)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_from_padded_scores_the_same_tokens(side, mask_dtype):
+    batch = random_batch(3, vocab=40, group_sizes=(3, 3, 3))
+    _, packed = batch.pack()
+    input_ids, z_mask, y_mask = pad(batch, side)
+    scored = ScoredTokens.from_padded(input_ids, z_mask.to(mask_dtype), y_mask.to(mask_dtype), 3)
+    for name in ("targets", "segment", "kind", "rationale", "option", "prompt"):
+        assert torch.equal(getattr(scored, name), getattr(packed, name)), name
+    for name in ("segment_tokens", "group_segments", "group_rationales", "smallest_group", "min_vocab"):
+        assert str(getattr(scored.plan, name)) == str(getattr(packed.plan, name)), name
+    assert torch.equal(input_ids.flatten()[scored.rows + 1], scored.targets)
+    assert scored.plan.hidden_rows == input_ids.numel()
+
+
+def test_packing_does_not_loop_over_tokens():
+    """Ten times the tokens in the same nodes must cost far less than ten times as much."""
+
+    def seconds(length):
+        batch = random_batch(0, 1000, group_sizes=[16] * 64, prompt_length=4, rationale_length=length)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            batch.pack()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(400) < 5 * seconds(40)
+
+
+def test_records_are_frozen_pytrees_that_move_and_pickle():
+    tree, scored = random_batch(0, vocab=40).pack(baseline=True)
+    for record in (tree, scored):
+        leaves, spec = pytree.tree_flatten(record)
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        again = pytree.tree_unflatten(leaves, spec)
+        assert type(again) is type(record)
+        assert str(again) == str(record)
+        assert str(pickle.loads(pickle.dumps(record))) == str(record)
+        moved = record.to("meta")
+        assert all(leaf.is_meta for leaf in pytree.tree_leaves(moved) if id(leaf) not in host_leaves(moved))
+        with pytest.raises(AttributeError):
+            record.tokens = None
+    assert scored.to("meta").plan is scored.plan, "the plan stays on the host"
+
+
+def host_leaves(record):
+    return {id(leaf) for leaf in pytree.tree_leaves(getattr(record, "plan", ()))}
+
+
+def test_token_lists_may_be_tensors():
+    lists = [[1, 2], [3], [4, 5]]
+    from_lists = PrefixTree.pack(lists, [-1, 0, 0])
+    from_tensors = PrefixTree.pack([torch.tensor(tokens) for tokens in lists], [-1, 0, 0])
+    assert str(from_lists) == str(from_tensors)
