@@ -26,7 +26,8 @@ SUPPORTED = """
     seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
 """.split()  # noqa: SIM905
 
-# The layer, by its kind in the configuration or by its class, that keeps a family from running over a tree.
+# The layer, by its kind in the configuration or by its class, that keeps a family from running over a tree. Where there
+# are two names, the second is that of an earlier transformers.
 REFUSED = {
     "bailing_hybrid": "linear_attention",
     "bamba": "linear_attention",
@@ -46,14 +47,14 @@ REFUSED = {
     "qwen3_next": "linear_attention",
     "qwen4_exp": "linear_attention",
     "qwen4_exp_text": "linear_attention",
-    "recurrent_gemma": "linear_attention",
+    "recurrent_gemma": "linear_attention|RecurrentGemmaRecurrentBlock",
     "zamba": "linear_attention",
     "zamba2": "linear_attention",
-    "axk2": "indexed_attention",
-    "deepseek_v32": "indexed_attention",
-    "dots3_note_text": "indexed_attention",
-    "glm_moe_dsa": "indexed_attention",
-    "hy_v4": "indexed_attention",
+    "axk2": "indexed_attention|deepseek_sparse_attention",
+    "deepseek_v32": "indexed_attention|deepseek_sparse_attention",
+    "dots3_note_text": "indexed_attention|deepseek_sparse_attention",
+    "glm_moe_dsa": "indexed_attention|deepseek_sparse_attention",
+    "hy_v4": "indexed_attention|deepseek_sparse_attention",
     "lfm2": "conv",
     "lfm2_moe": "conv",
     "lfm3": "conv",
@@ -284,7 +285,9 @@ ENCODERS = [
 CHANGES: dict[str, dict[str, object]] = {
     **{family: {"num_key_value_heads": 4} for family in LATENT_ATTENTION},
     **{family: {"is_decoder": True} for family in ENCODERS},
-    "cohere_compass_text": {"rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(WINDOWED, ROPE | {"mrope_section": [1, 1, 2]}),
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 3.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
@@ -341,7 +344,12 @@ def _sizes(config_class: type) -> dict[str, object]:
 
 def tiny_model(family: str, seed: int = 0, **changes: object) -> nn.Module:
     """In float32 and eval mode, with weights large enough for every part to matter."""
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), experts_implementation="eager")
+    config = tiny_config(family, **changes)
+    # sdpa of transformers before 5.20 or so drops the softcap of attention scores.
+    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if softcapped else None, experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
