@@ -32,7 +32,7 @@ def first_order(tensor: Tensor | None) -> Any:
 def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, operands in its dtype, as torch's own matrix products do; otherwise the tensors as they are."""
     kind = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

@@ -23,7 +23,7 @@ def self_reward(
     advantage: Tensor | None,
     denominator: float,
 ) -> SelfRewardTerms:
-    outputs = torch.ops.latro_kernels.self_reward(
+    loss, reward, used, kl, rationale_logp, answer_logp, coefficients = torch.ops.latro_kernels.self_reward(
         logps,
         scored.segment,
         scored.kind,
@@ -38,9 +38,10 @@ def self_reward(
         objective.floor,
         objective.scale,
     )
-    terms = SelfRewardTerms(*outputs)
     # Not in the kernel: a number that changes from step to step would make torch.compile start again.
-    return terms._replace(loss=terms.loss / denominator, coefficients=terms.coefficients / denominator)
+    return SelfRewardTerms(
+        loss / denominator, reward, used, kl, rationale_logp, answer_logp, coefficients / denominator
+    )
 
 
 def _fake(
