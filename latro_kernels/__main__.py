@@ -90,6 +90,7 @@ def matrix(kernels: list[dict[str, Any]]) -> str:
         cells = kernels[start : start + len(impl.BACKENDS)]
         lines.append(row(cells[0]["operator"], cells[0]["device"], [cell(kernel, notes) for kernel in cells]))
     lines += ["", "impl='auto' takes the first ready one from the left; - means that no such kernel is written."]
+    lines += ["fused_self_reward_loss on reference is made of linear_logprobs and self_reward, each by its own best."]
     for number, (reason, mend) in enumerate(notes, 1):
         lines.append(textwrap.fill(f"[{number}] {reason}. To mend it: {mend}.", WIDTH, subsequent_indent="    "))
     return "\n".join(lines)

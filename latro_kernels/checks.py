@@ -12,7 +12,9 @@ import os
 import torch
 from torch import Tensor
 
-CHECK_VALUES = os.environ.get("LATRO_CHECK", "0") == "1"
+if os.environ.get("LATRO_CHECK", "0") not in ("0", "1"):
+    raise ValueError(f"latro_kernels: LATRO_CHECK must be 0 or 1, got {os.environ['LATRO_CHECK']!r}")
+CHECK_VALUES = os.environ.get("LATRO_CHECK") == "1"
 
 
 def check_tensors(operator: str, **values: object) -> None:
@@ -67,7 +69,8 @@ def check_positive(operator: str, name: str, value: object) -> None:
 def check_number(operator: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{operator}: {name} must be a number, got {value!r:.80}")
-    if isinstance(value, float) and not math.isfinite(value):
+    # Not while compiling: dynamo turns a float that changes into one that it cannot ask.
+    if isinstance(value, float) and not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{operator}: {name} must be finite, got {value}")
 
 
@@ -81,6 +84,11 @@ def check_range(operator: str, name: str, index: Tensor, bound: int, bound_name:
             )
 
 
+def check_all_positive(operator: str, name: str, tensor: Tensor) -> None:
+    if _reads_values(tensor) and tensor.numel() and not bool((tensor > 0).all()):
+        raise ValueError(f"{operator}: {name} must be > 0, got {float(tensor.min())}")
+
+
 def check_finite(operator: str, name: str, tensor: Tensor) -> None:
     """Only under LATRO_CHECK=1: otherwise a NaN goes through and comes out as a NaN loss."""
     if CHECK_VALUES and not torch.compiler.is_compiling() and not bool(tensor.isfinite().all()):
@@ -90,6 +98,6 @@ def check_finite(operator: str, name: str, tensor: Tensor) -> None:
 
 
 def _reads_values(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor:
         return False
     return CHECK_VALUES or tensor.device.type == "cpu"

@@ -14,7 +14,8 @@ Sizes: T tokens, M scored tokens, S segments, R rationales, P prompts.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import TypeVar, cast
@@ -38,6 +39,7 @@ class _TensorRecord:
     """Tensors that move between devices together."""
 
     def to(self: Record, device: torch.device | str | int, non_blocking: bool = False) -> Record:
+        device = torch.device(device)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         movable = {name: value for name, value in values.items() if isinstance(value, Tensor | _TensorRecord)}
         return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in movable.items()})
@@ -71,12 +73,15 @@ class PrefixTree(_TensorRecord):
     @staticmethod
     def pack(nodes: Sequence[Tokens], parents: Sequence[int]) -> PrefixTree:
         """Lay out `nodes` depth first. parents[n] is an earlier node, or -1 for a root, which must have a token."""
-        return _pack("PrefixTree.pack", nodes, parents, [f"nodes[{n}]" for n in range(len(nodes))])[0]
+        _check_list("PrefixTree.pack", "nodes", nodes)
+        _check_list("PrefixTree.pack", "parents", parents)
+        with _on_host():
+            return _pack("PrefixTree.pack", nodes, parents, [f"nodes[{n}]" for n in range(len(nodes))])[0]
 
 
 @dataclass(frozen=True, eq=False)
 class LossPlan:
-    """The offsets and sizes of `ScoredTokens` for the host, which launches the kernels. Never moved to a device."""
+    """The offsets and sizes of `ScoredTokens` for the host, which launches kernels. Never moved to a device."""
 
     segment_tokens: Tensor  # [S + 1] int64: segment s holds the scored tokens segment_tokens[s]:segment_tokens[s + 1]
     group_segments: Tensor  # [P + 1] int64: the segments of each prompt, likewise
@@ -113,35 +118,40 @@ class ScoredTokens(_TensorRecord):
         The masks mark the tokens of z and of y, padding may be on either side, and rows index the flattened [N * K * L]
         hidden states. Reads the masks on the host once: on CUDA tensors this synchronises.
         """
-        _check_padded(input_ids, rationale_mask, answer_mask, num_generations)
-        batch, length = input_ids.shape
-        in_answer = answer_mask.bool()
-        row, column = (rationale_mask.bool() | in_answer).nonzero(as_tuple=True)
-        flat = row * length + column
-        segment = 2 * row + in_answer[row, column].long()
-        order = segment.argsort(stable=True)
-        flat = flat[order]
-        targets = input_ids.reshape(-1)[flat].long()
+        _check_padded_shapes(input_ids, rationale_mask, answer_mask, num_generations)
+        with torch.inference_mode(False), input_ids.device:
+            return _score_padded(input_ids, rationale_mask.bool(), answer_mask.bool(), num_generations)
 
-        device = input_ids.device
-        rationales = torch.arange(batch, device=device)
-        return ScoredTokens(
-            rows=flat - 1,
-            targets=targets,
-            segment=segment[order],
-            kind=torch.tensor([RATIONALE, ANSWER], device=device).repeat(batch),
-            rationale=rationales.repeat_interleave(2),
-            option=torch.zeros(2 * batch, dtype=torch.int64, device=device),
-            prompt=rationales // num_generations,
-            plan=LossPlan(
-                segment_tokens=_offsets(torch.bincount(segment, minlength=2 * batch).tolist()),
-                group_segments=torch.arange(0, 2 * batch + 1, 2 * num_generations),
-                group_rationales=torch.arange(0, batch + 1, num_generations),
-                smallest_group=num_generations,
-                hidden_rows=batch * length,
-                min_vocab=int(targets.max()) + 1,
-            ),
-        )
+
+def _score_padded(input_ids: Tensor, in_rationale: Tensor, in_answer: Tensor, num_generations: int) -> ScoredTokens:
+    _check_padded_values(input_ids, in_rationale, in_answer)
+    batch, length = input_ids.shape
+    row, column = (in_rationale | in_answer).nonzero(as_tuple=True)
+    flat = row * length + column
+    segment = 2 * row + in_answer[row, column].long()
+    order = segment.argsort(stable=True)
+    flat = flat[order]
+    targets = input_ids.reshape(-1)[flat].long()
+
+    device = input_ids.device
+    rationales = torch.arange(batch, device=device)
+    return ScoredTokens(
+        rows=flat - 1,
+        targets=targets,
+        segment=segment[order],
+        kind=torch.tensor([RATIONALE, ANSWER], device=device).repeat(batch),
+        rationale=rationales.repeat_interleave(2),
+        option=torch.zeros(2 * batch, dtype=torch.int64, device=device),
+        prompt=rationales // num_generations,
+        plan=LossPlan(
+            segment_tokens=_offsets(torch.bincount(segment, minlength=2 * batch).tolist()),
+            group_segments=torch.arange(0, 2 * batch + 1, 2 * num_generations, device="cpu"),
+            group_rationales=torch.arange(0, batch + 1, num_generations, device="cpu"),
+            smallest_group=num_generations,
+            hidden_rows=batch * length,
+            min_vocab=int(targets.max()) + 1,
+        ),
+    )
 
 
 def pack_rationales(
@@ -161,6 +171,17 @@ def pack_rationales(
     baseline: also score y straight after x.
     """
     _check_groups(prompts, rationales, answers, ends)
+    with _on_host():
+        return _pack_groups(prompts, rationales, answers, ends, baseline)
+
+
+def _pack_groups(
+    prompts: Sequence[Tokens],
+    rationales: Sequence[Sequence[Tokens]],
+    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
+    ends: int | Sequence[Sequence[int | None]] | None,
+    baseline: bool,
+) -> tuple[PrefixTree, ScoredTokens]:
     packing = _Packing()
     for n, prompt in enumerate(prompts):
         options = _options(answers[n], n)
@@ -242,7 +263,7 @@ def _pack(
     lists = [_token_list(operator, tokens, name) for tokens, name in zip(nodes, names, strict=True)]
     length = [len(tokens) for tokens in lists]
     for n, parent in enumerate(parents):
-        if not -1 <= parent < n:
+        if not hasattr(parent, "__index__") or not -1 <= parent < n:
             raise ValueError(f"{operator}: parents[{n}] must be -1 or an earlier node, got {parent}")
         if parent == -1 and not length[n]:
             raise ValueError(f"{operator}: {names[n]} is a root and must have at least one token, got none")
@@ -318,12 +339,15 @@ def _tiles(reach: Tensor, previous: Tensor) -> TreeTiles:
 
 
 def _offsets(counts: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(counts)])
+    return torch.tensor([0, *accumulate(counts)], device="cpu")
 
 
 def _token_list(operator: str, tokens: Tokens, name: str) -> array[int]:
     try:
-        return array("q", tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+        if isinstance(tokens, Tensor):
+            tokens = tokens.tolist()
+        # Of bytes, array would take eight for one number.
+        return array("q", list(tokens) if isinstance(tokens, bytes | bytearray) else tokens)
     except (TypeError, OverflowError):
         raise TypeError(f"{operator}: {name} must be a list of token ids, got {tokens!r:.80}") from None
 
@@ -337,9 +361,14 @@ def _options(answer: Tokens | Sequence[Tokens], n: int) -> list[tuple[str, Token
     if not named:
         raise ValueError(f"pack_rationales: answers[{n}] must have at least one token, got none")
     for name, option in named:
-        if not len(option):
+        if hasattr(option, "__len__") and not len(option):
             raise ValueError(f"pack_rationales: {name} must have at least one token, got none")
     return named
+
+
+def _check_list(operator: str, name: str, value: object) -> None:
+    if not hasattr(value, "__len__") or isinstance(value, str | bytes):
+        raise TypeError(f"{operator}: {name} must be a list, got {value!r:.80}")
 
 
 def _check_groups(
@@ -348,57 +377,92 @@ def _check_groups(
     answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
     ends: int | Sequence[Sequence[int | None]] | None,
 ) -> None:
+    operator = "pack_rationales"
+    lists: dict[str, Sequence[object]] = {"prompts": prompts, "rationales": rationales, "answers": answers}
+    if ends is not None and not hasattr(ends, "__index__"):
+        lists["ends"] = cast(Sequence[object], ends)
+    for name, per_prompt in lists.items():
+        _check_list(operator, name, per_prompt)
+        if len(per_prompt) != len(prompts):
+            raise ValueError(
+                f"{operator}: {name} must have one entry per prompt, {len(prompts)}, got {len(per_prompt)}"
+            )
     if not len(prompts):
-        raise ValueError("pack_rationales: prompts must not be empty")
-    for name, per_prompt in (("rationales", rationales), ("answers", answers), ("ends", ends)):
-        if isinstance(per_prompt, Sequence) and len(per_prompt) != len(prompts):
-            raise ValueError(
-                f"pack_rationales: {name} must have one entry per prompt, {len(prompts)}, got {len(per_prompt)}"
-            )
+        raise ValueError(f"{operator}: prompts must not be empty")
     for n, group in enumerate(rationales):
+        _check_list(operator, f"rationales[{n}]", group)
         if not len(group):
-            raise ValueError(f"pack_rationales: rationales[{n}] must hold at least one rationale, got none")
-        if isinstance(ends, Sequence) and len(ends[n]) != len(group):
-            raise ValueError(
-                f"pack_rationales: ends[{n}] must have one entry per rationale, {len(group)}, got {len(ends[n])}"
+            raise ValueError(f"{operator}: rationales[{n}] must hold at least one rationale, got none")
+        if not hasattr(answers[n], "__len__"):
+            raise TypeError(
+                f"{operator}: answers[{n}] must be a list of token ids or of options, got {answers[n]!r:.80}"
             )
+        if "ends" in lists:
+            _check_list(operator, f"ends[{n}]", lists["ends"][n])
+            of_group = cast(Sequence[Sequence[int | None]], ends)[n]
+            if len(of_group) != len(group):
+                raise ValueError(
+                    f"{operator}: ends[{n}] must have one entry per rationale, {len(group)}, got {len(of_group)}"
+                )
 
 
-def _check_padded(input_ids: Tensor, rationale_mask: Tensor, answer_mask: Tensor, num_generations: int) -> None:
-    def require(rule: bool, message: str) -> None:
-        if not rule:
-            raise ValueError(f"ScoredTokens.from_padded: {message}")
+def _require(rule: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not rule:
+        raise error(f"ScoredTokens.from_padded: {message}")
 
-    require(input_ids.dim() == 2, f"input_ids must have shape [N * K, L], got {list(input_ids.shape)}")
-    for name, mask in (("rationale_mask", rationale_mask), ("answer_mask", answer_mask)):
-        require(
-            mask.shape == input_ids.shape,
-            f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(mask.shape)}",
-        )
-        require(
-            mask.device == input_ids.device, f"{name} must be on {input_ids.device} with input_ids, got {mask.device}"
-        )
-    batch, length = input_ids.shape
-    require(batch > 0 and length > 0, f"input_ids must not be empty, got {[batch, length]}")
-    require(
-        num_generations >= 1 and batch % num_generations == 0,
-        f"num_generations must divide the {batch} rows of input_ids, got {num_generations}",
+
+def _check_padded_shapes(input_ids: Tensor, rationale_mask: Tensor, answer_mask: Tensor, num_generations: int) -> None:
+    tensors = {"input_ids": input_ids, "rationale_mask": rationale_mask, "answer_mask": answer_mask}
+    for name, tensor in tensors.items():
+        _require(isinstance(tensor, Tensor), f"{name} must be a tensor, got {type(tensor).__name__}", TypeError)
+    _require(input_ids.dim() == 2, f"input_ids must have shape [N * K, L], got {list(input_ids.shape)}")
+    _require(
+        input_ids.dtype in (torch.int32, torch.int64),
+        f"input_ids must have dtype torch.int32 or torch.int64, got {input_ids.dtype}",
+        TypeError,
     )
-    z, y = rationale_mask.bool(), answer_mask.bool()
-    column = torch.arange(length, device=input_ids.device)
+    for name in ("rationale_mask", "answer_mask"):
+        shape, device = tensors[name].shape, tensors[name].device
+        _require(
+            shape == input_ids.shape,
+            f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(shape)}",
+        )
+        _require(device == input_ids.device, f"{name} must be on {input_ids.device} with input_ids, got {device}")
+    _require(input_ids.numel() > 0, f"input_ids must not be empty, got {list(input_ids.shape)}")
+    rows = input_ids.shape[0]
+    _require(
+        isinstance(num_generations, int) and not isinstance(num_generations, bool),
+        f"num_generations must be a whole number, got {num_generations!r:.80}",
+        TypeError,
+    )
+    _require(
+        num_generations >= 1 and rows % num_generations == 0,
+        f"num_generations must divide the {rows} rows of input_ids, got {num_generations}",
+    )
+
+
+def _check_padded_values(input_ids: Tensor, z: Tensor, y: Tensor) -> None:
+    length = input_ids.shape[1]
+    column = torch.arange(length)
     last_z = torch.where(z, column, -1).amax(1)
     first_y = torch.where(y, column, length).amin(1)
-    # One read back for every rule on values.
-    wrong = torch.stack([(z & y).any(1), z[:, 0] | y[:, 0], first_y == length, last_z > first_y], 1).tolist()
-    rules = (
-        "rationale_mask and answer_mask must not mark the same token",
-        "the masks must not mark the first column, which nothing predicts",
-        "answer_mask must mark at least one token of every row",
-        "a row's rationale must end before its answer",
-    )
-    for b, flags in enumerate(wrong):
-        for rule, is_wrong in zip(rules, flags, strict=True):
-            require(not is_wrong, f"{rule}, got row {b}")
+    rules = {
+        "rationale_mask and answer_mask must not mark the same token": (z & y).any(1),
+        "the masks must not mark the first column, which nothing predicts": z[:, 0] | y[:, 0],
+        "answer_mask must mark at least one token of every row": first_y == length,
+        "a row's rationale must end before its answer": last_z > first_y,
+        "input_ids must be >= 0 where a mask is set": ((z | y) & (input_ids < 0)).any(1),
+    }
+    # One read back for every rule.
+    for rule, wrong in zip(rules, torch.stack(list(rules.values())).tolist(), strict=True):
+        _require(not any(wrong), f"{rule}, got row {wrong.index(True) if any(wrong) else None}")
+
+
+@contextmanager
+def _on_host() -> Iterator[None]:
+    """Pack on the CPU whatever the default device is, into tensors that can be trained with, also during a rollout."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def _register(cls: type, host: tuple[str, ...] = ()) -> None:
@@ -408,7 +472,6 @@ def _register(cls: type, host: tuple[str, ...] = ()) -> None:
         cls,
         lambda record: ([getattr(record, name) for name in names], tuple(getattr(record, name) for name in host)),
         lambda values, context: cls(**dict(zip(names, values, strict=True)), **dict(zip(host, context, strict=True))),
-        serialized_type_name=f"latro_kernels.{cls.__name__}",
     )
 
 

@@ -108,6 +108,25 @@ BAD = {
         rationales(ends=[[1, 2], [3]]), ValueError, "pack_rationales: ends must have one entry per prompt, 1, got 2"),
     "ends do not match rationales": (
         rationales(ends=[[1]]), ValueError, "pack_rationales: ends[0] must have one entry per rationale, 2, got 1"),
+    "nodes None": (lambda: PrefixTree.pack(None, [-1]), TypeError, "PrefixTree.pack: nodes must be a list, got None"),
+    "node None": (pack([None], [-1]), TypeError, "PrefixTree.pack: nodes[0] must be a list of token ids, got None"),
+    "parent None": (
+        pack([[1]], [None]), ValueError, "PrefixTree.pack: parents[0] must be -1 or an earlier node, got None"),
+    "prompts None": (
+        lambda: pack_rationales(None, [[[1]]], [[2]]), TypeError, "pack_rationales: prompts must be a list, got None"),
+    "a rationale for a group": (
+        rationales(groups=[[3, 4]]), TypeError,
+        "pack_rationales: rationales[0][0] must be a list of token ids, got 3"),
+    "an answer that is a number": (
+        rationales(answers=[5]), TypeError,
+        "pack_rationales: answers[0] must be a list of token ids or of options, got 5"),
+    "an option that is None": (
+        rationales(answers=[[[5], None]]), TypeError,
+        "pack_rationales: answers[0][1] must be a list of token ids, got None"),
+    "ends for prompts": (rationales(ends=[8]), TypeError, "pack_rationales: ends[0] must be a list, got 8"),
+    "answers as a tensor of another length": (
+        lambda: pack_rationales([[1]], [[[2], [3]]], torch.ones(3, 2, dtype=torch.int64)), ValueError,
+        "pack_rationales: answers must have one entry per prompt, 1, got 3"),
     # padded batches
     "padded ids not a matrix": (
         padded(torch.arange(8)), ValueError,
@@ -133,8 +152,19 @@ BAD = {
     "padded answer first": (
         padded(rationale_mask=torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]])), ValueError,
         "ScoredTokens.from_padded: a row's rationale must end before its answer, got row 1"),
+    "padded negative token": (
+        padded(torch.tensor([[1, 2, 3, -7], [1, 2, -100, 4]])), ValueError,
+        "ScoredTokens.from_padded: input_ids must be >= 0 where a mask is set, got row 1"),
+    "padded fractional tokens": (
+        padded(torch.ones(2, 4)), TypeError,
+        "ScoredTokens.from_padded: input_ids must have dtype torch.int32 or torch.int64, got torch.float32"),
+    "padded list": (
+        padded([[1, 2]]), TypeError, "ScoredTokens.from_padded: input_ids must be a tensor, got list"),
+    "padded fractional group size": (
+        padded(num_generations=2.0), TypeError,
+        "ScoredTokens.from_padded: num_generations must be a whole number, got 2.0"),
     "padded empty": (
-        padded(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 4)), ValueError,
+        padded(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4)), ValueError,
         "ScoredTokens.from_padded: input_ids must not be empty, got [0, 4]"),
     "padded mask device": (
         padded(answer_mask=meta(2, 4)), ValueError,
@@ -167,6 +197,9 @@ BAD = {
     "window 0": (attention(window=0), ValueError, "tree_attention: window must be > 0, got 0"),
     "fractional window": (
         attention(window=1.5), TypeError, "tree_attention: window must be a whole number of tokens, got 1.5"),
+    "head size 0": (
+        attention(q=(4, T, 0), k=(2, T, 0)), ValueError,
+        f"tree_attention: q must have a head size E > 0, got [4, {T}, 0]"),
     "softcap 0": (attention(softcap=0.0), ValueError, "tree_attention: softcap must be > 0, got 0.0"),
     "scale nan": (attention(scale=math.nan), ValueError, "tree_attention: scale must be finite, got nan"),
     "sinks shape": (
@@ -205,6 +238,12 @@ BAD = {
     "temperatures shape": (
         logprobs(temperature=torch.ones(M + 1)), ValueError,
         f"linear_logprobs: temperature must have shape [{M}], got [{M + 1}]"),
+    "temperature not positive": (
+        logprobs(temperature=-torch.ones(M)), ValueError, "linear_logprobs: temperature must be > 0, got -1.0"),
+    "integer temperatures": (
+        logprobs(temperature=torch.ones(M, dtype=torch.int64)), TypeError,
+        "linear_logprobs: temperature must have a floating dtype, got torch.int64"),
+    "bias is a list": (logprobs(bias=[0.0]), TypeError, "linear_logprobs: bias must be a tensor, got list"),
     "temperature text": (
         logprobs(temperature="1"), TypeError, "linear_logprobs: temperature must be a number, got '1'"),
     "negative softcap": (logprobs(softcap=-30.0), ValueError, "linear_logprobs: softcap must be > 0, got -30.0"),
@@ -227,6 +266,12 @@ BAD = {
     "extras nobody reads": (
         loss(extras={"old_logps": torch.zeros(M)}), ValueError,
         "fused_self_reward_loss: SelfReward reads no extras, got ['old_logps']"),
+    "extras that are arguments": (
+        loss(extras={"ref_logps": torch.zeros(M)}, objective=lambda *_: None), ValueError,
+        "fused_self_reward_loss: extras must not hold 'ref_logps', which is an argument of its own"),
+    "extras as a list": (
+        loss(extras=[1], objective=lambda *_: None), TypeError,
+        "fused_self_reward_loss: extras must be a mapping of names to tensors, got list"),
     "beta without reference": (
         loss(ref_logps=None), ValueError,
         "SelfReward: beta=0.05 needs ref_logps, got None; pass ref_logps or beta=0"),
@@ -271,6 +316,14 @@ BAD = {
     "unknown scale": (
         lambda: SelfReward(scale="std"), ValueError, "SelfReward: scale must be None, 'group' or 'batch', got 'std'"),
     "floor is no number": (lambda: SelfReward(floor="low"), TypeError, "SelfReward: floor must be a number, got 'low'"),
+    "tree for scored in the objective": (
+        reward(scored=TREE), TypeError, "self_reward: scored must be ScoredTokens, got PrefixTree"),
+    "another objective in self_reward": (
+        reward(objective=len), TypeError,
+        "self_reward: objective must be a SelfReward, got <built-in function len>; "
+        "fused_self_reward_loss takes any objective"),
+    "ref_logps elsewhere": (
+        reward(ref_logps=meta(M)), ValueError, "self_reward: ref_logps must be on cpu with logps, got meta"),
     "logps shape": (reward(logps=(M + 1,)), ValueError, f"self_reward: logps must have shape [{M}], got [{M + 1}]"),
     "logps dtype": (
         reward(logps=torch.zeros(M).half()), TypeError,

@@ -90,6 +90,27 @@ def test_new_lengths_do_not_compile_again_and_again():
     assert counter.frame_count <= 2, "once for the first lengths, once for all others"
 
 
+def test_new_numbers_do_not_compile_again_and_again():
+    counter = torch._dynamo.testing.CompileCounter()
+    tree, scored = random_batch(0, V).pack()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(hidden, weight, temperature, softcap, denominator):
+        options = {"temperature": temperature, "softcap": softcap, "denominator": denominator}
+        return fused_self_reward_loss(hidden, weight, scored, beta=0, **options).loss
+
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(len(tree.tokens), D), torch.randn(V, D)
+    compiled = []
+    for n in range(8):
+        temperature, softcap, denominator = 1.5 + n / 10, 3.0 + n, 10.5 + n
+        options = {"temperature": temperature, "softcap": softcap, "denominator": denominator}
+        expected = fused_self_reward_loss(hidden, weight, scored, beta=0, **options).loss
+        torch.testing.assert_close(step(hidden, weight, temperature, softcap, denominator), expected)
+        compiled.append(counter.frame_count)
+    assert compiled[-1] <= 2, "once for the first numbers, once for all others"
+
+
 NATIVE = status("self_reward", "native", "cpu")
 
 

@@ -186,6 +186,15 @@ def test_any_objective_goes_through():
     assert out.advantage.isnan().all()
 
 
+def test_a_subclass_of_self_reward_computes_what_it_says():
+    class Constant(SelfReward):
+        def __call__(self, logps, scored, extras):
+            return logps.sum() * 0 + 123
+
+    hidden, weight, scored, _ = inputs()
+    assert fused_self_reward_loss(hidden, weight, scored, objective=Constant()).loss == 123
+
+
 def test_self_reward_itself_is_an_objective():
     hidden, weight, scored, ref_logps = inputs()
     objective = SelfReward(beta=0.2, kl="k3", scale="group")

@@ -38,7 +38,7 @@ def sources(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     for package in ("latro", "latro_kernels"):
         (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").touch()
+        shutil.copy(ROOT / package / "__init__.py", tmp_path / package)
     (tmp_path / "latro_kernels" / "_C.abi3.so").write_text("of an earlier build")
     return tmp_path
 

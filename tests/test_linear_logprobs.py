@@ -15,7 +15,7 @@ VARIANTS = {
 }
 
 
-def inputs_of(variant, p=0.99, shape=(252 // 4, 37, 123, 90), seed=0, dtype=torch.float64):
+def inputs_of(variant, p=0.99, shape=(63, 37, 123, 90), seed=0, dtype=torch.float64):
     T, D, V, M = shape
     hidden, weight, rows, targets = peaked_head(T, D, V, M, p, seed, dtype)
     options = dict(VARIANTS[variant])

@@ -202,9 +202,68 @@ def test_generation_is_unchanged(family, implementation):
 def test_configuration_is_restored_after_an_error():
     model = tiny_model("llama")
     implementation = model.config._attn_implementation
-    with pytest.raises(IndexError):
-        tree_hidden(model, PrefixTree.pack([[VOCABULARY]], [-1]))
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tree_hidden(model, forest())
     assert model.config._attn_implementation == implementation
+
+
+def test_generation_works_after_an_interrupted_call():
+    """Nothing runs on an interrupt that could restore the configuration: the next call must."""
+    model = tiny_model("llama")
+    expected = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tree_hidden(model, forest())
+    handle.remove()
+    tree_hidden(model, forest())
+    assert torch.equal(model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False), expected)
+
+
+def test_generation_works_after_a_call_within_a_call():
+    model = tiny_model("llama")
+    expected = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False)
+    depth = []
+
+    def call_again(*_):
+        if not depth:
+            depth.append(1)
+            tree_hidden(model, forest())
+
+    handle = model.model.layers[1].register_forward_hook(call_again)
+    tree_hidden(model, forest())
+    handle.remove()
+    assert depth
+    assert torch.equal(model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False), expected)
+
+
+# Dynamo looks at every attribute of a tensor, .grad included.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_model_generates_afterwards():
+    model = tiny_model("llama")
+    expected = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False)
+    hidden = tree_hidden(model, forest())
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(tree_hidden(compiled, forest()), hidden, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, do_sample=False), expected)
+
+
+def test_a_head_that_accelerate_dispatches_is_refused():
+    model = tiny_model("llama")
+    model.lm_head._hf_hook = object()
+    with pytest.raises(ValueError, match="a head that accelerate dispatches; load the model without device_map"):
+        TreeModel(model)
+
+
+def test_arguments_are_checked():
+    model = tiny_model("llama")
+    tree, scored = pack_rationales(PROMPTS, RATIONALES, ANSWERS)
+    with pytest.raises(TypeError, match="TreeModel: model must be a model of transformers, got Linear"):
+        TreeModel(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="TreeModel: tree must be a PrefixTree, got ScoredTokens"):
+        TreeModel(model)(scored, tree)
+    with pytest.raises(ValueError, match=rf"TreeModel: tree.tokens must be in \[0, vocabulary\).*got {VOCABULARY}"):
+        tree_hidden(model, PrefixTree.pack([[VOCABULARY]], [-1]))
 
 
 def test_head_computes_its_product_again_after_an_error():

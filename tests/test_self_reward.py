@@ -20,10 +20,10 @@ OBJECTIVES = [
 ]
 
 
-def inputs(seed=0, dtype=torch.float64, options=1, **pack):
+def inputs(seed=0, dtype=torch.float64, options=1):
     batch = random_batch(seed, vocab=40)
     answers = [[answer, *([[3, 4]] * (options - 1))] for answer in batch.answers]
-    _, scored = type(batch)(batch.prompts, batch.rationales, answers).pack(ends=39, baseline=True, **pack)
+    _, scored = type(batch)(batch.prompts, batch.rationales, answers).pack(ends=39, baseline=True)
     generator = torch.Generator().manual_seed(seed)
     logps = -torch.rand(len(scored.rows), generator=generator, dtype=torch.float64) * 3
     ref_logps = logps + torch.randn(logps.shape, generator=generator, dtype=torch.float64)
@@ -124,9 +124,9 @@ def test_nan_goes_through(kind, floor, impl):
     assert self_reward(logps, scored, SelfReward(floor=floor), ref_logps=ref_logps, impl=impl).loss.isnan()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_error_is_about_eagers_in_float32(kl, impl):
+def test_error_is_about_eagers_in_float32(kl):
     objective = SelfReward(kl=kl, scale="group")
 
     def result(seed, dtype, impl):
@@ -135,11 +135,33 @@ def test_error_is_about_eagers_in_float32(kl, impl):
         return torch.cat([terms.loss[None], terms.reward, terms.advantage, terms.coefficients])
 
     assert_error_about_eagers(
-        actual=lambda seed: result(seed, torch.float32, impl),
+        actual=lambda seed: result(seed, torch.float32, "native"),
         eager=lambda seed: result(seed, torch.float32, "reference"),
         exact=lambda seed: result(seed, torch.float64, "reference"),
-        what=f"self_reward[{impl}]",
+        what="self_reward[native]",
     )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_a_banned_option_does_not_spoil_the_gradient(kl, impl):
+    logps, scored, ref_logps = inputs(options=2)
+    banned = (scored.kind[scored.segment] == 1) & (scored.option[scored.segment] == 1)
+    logps[banned] = ref_logps[banned] = -torch.inf
+    logps.requires_grad_()
+    terms = self_reward(logps, scored, SelfReward(kl=kl), ref_logps=ref_logps, impl=impl)
+    (grad,) = torch.autograd.grad(terms.loss, logps)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(grad, terms.coefficients, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_results_share_no_storage(impl):
+    logps, scored, _ = inputs()
+    advantage = torch.ones(len(scored.prompt), dtype=torch.float64)
+    terms = self_reward(logps, scored, SelfReward(beta=0), advantage=advantage, impl=impl)
+    pointers = [value.data_ptr() for value in (*terms, logps, advantage)]
+    assert len(set(pointers)) == len(pointers)
 
 
 def test_an_objective_says_what_it_couples():

@@ -200,8 +200,25 @@ def host_leaves(record):
     return {id(leaf) for leaf in pytree.tree_leaves(getattr(record, "plan", ()))}
 
 
-def test_token_lists_may_be_tensors():
-    lists = [[1, 2], [3], [4, 5]]
+@pytest.mark.parametrize("kind", [torch.tensor, tuple, bytes, bytearray], ids=lambda kind: kind.__name__)
+def test_token_lists_may_be_of_any_kind(kind):
+    lists = [[1, 2, 3, 4, 5, 6, 7, 8], [3], [4, 5]]
     from_lists = PrefixTree.pack(lists, [-1, 0, 0])
-    from_tensors = PrefixTree.pack([torch.tensor(tokens) for tokens in lists], [-1, 0, 0])
-    assert str(from_lists) == str(from_tensors)
+    assert str(PrefixTree.pack([kind(tokens) for tokens in lists], [-1, 0, 0])) == str(from_lists)
+
+
+def test_packing_during_a_rollout_with_another_default_device():
+    """In inference mode, with tensors made on a GPU by default: the tree is on the host and can be trained with."""
+    batch = random_batch(0, 40, group_sizes=(3, 3))
+    input_ids, z_mask, y_mask = pad(batch, "left")
+    expected = batch.pack(), ScoredTokens.from_padded(input_ids, z_mask, y_mask, 3)
+    with torch.inference_mode(), torch.device("meta"):
+        packed = batch.pack(), ScoredTokens.from_padded(input_ids.clone(), z_mask, y_mask, 3)
+    assert str(packed) == str(expected)
+    assert not any(leaf.is_inference() for leaf in pytree.tree_leaves(packed))
+
+
+def test_only_the_device_of_a_record_can_be_changed():
+    tree, _ = random_batch(0, 40).pack()
+    with pytest.raises(TypeError):
+        tree.to(torch.float16)

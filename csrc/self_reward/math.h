@@ -116,8 +116,7 @@ HOST_DEVICE inline double loss_term(
 
 // d loss / d logp of a rationale's token; d is not read unless the KL is in the loss.
 HOST_DEVICE inline double rationale_coefficient(const Options& options, double advantage, double d) {
-  const double slope = kl_in_loss(options) ? options.beta * kl_slope(options.kl, d) - advantage : -advantage;
-  return slope;
+  return kl_in_loss(options) ? options.beta * kl_slope(options.kl, d) - advantage : -advantage;
 }
 
 HOST_DEVICE inline double answer_coefficient(const Options& options) {

@@ -85,6 +85,9 @@ def _layer_mask(
     **_: Any,
 ) -> TreeMask:
     """The mask of one kind of layer, of which `mask_function` says which (query, key) pairs of one sequence it has."""
+    if not isinstance(attention_mask, TreeMask):
+        got = type(attention_mask).__name__
+        raise ValueError(f"tree_hidden: {config.model_type} must be given the tree as its attention_mask, got {got}")
     query = (local_size or 1) + 1  # with a window, the first query that no longer sees key 0 nor key 1
     key = torch.arange(query + 2)
     causal = (key <= query) if local_size is None else (key <= query) & (key > query - local_size)
@@ -147,7 +150,9 @@ AttentionMaskInterface.register(IMPLEMENTATION, _layer_mask)
 
 
 def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if any(isinstance(given, TreeMask) for given in (*args, *kwargs.values())):
+    _leave(module, args, None)  # an interrupt may have kept the last call from doing so
+    is_inside = module.config._attn_implementation_internal == IMPLEMENTATION
+    if not is_inside and any(isinstance(given, TreeMask) for given in (*args, *kwargs.values())):
         module._outside_tree = module.config._attn_implementation_internal
         module.config._attn_implementation_internal = IMPLEMENTATION
 

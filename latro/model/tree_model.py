@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from latro.model.attention import TreeMask, check_rope, decoder_of, prepare
 from latro_kernels import PrefixTree, ScoredTokens, SelfRewardLoss, fused_self_reward_loss
+from latro_kernels.checks import check_range
 
 
 class TreeModel(nn.Module):
     """A causal language model whose forward is the self-reward loss of a packed tree.
 
     This is the module to wrap (DDP, FSDP, DeepSpeed), for a wrapper acts in the forward and on the output of what it
-    wraps. Its layers and its head may be sharded as units of their own. `model` stays usable, for generation.
+    wraps. Its layers and its head may be sharded as units of their own. `model` stays usable, for generation, but not
+    during a call: no other thread may then use it, or a model that shares its configuration.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        if not hasattr(model, "get_output_embeddings"):
+            raise TypeError(f"TreeModel: model must be a model of transformers, got {type(model).__name__}")
         prepare(model)
         self.model = model
         self.head_options = _HeadOptions.of(model)
@@ -107,8 +111,12 @@ class _AnyOutput(BaseModelOutputWithPast):
 
 def _at_head(model: PreTrainedModel, tree: PrefixTree, compute: Callable[[Tensor, nn.Linear], Any]) -> Any:
     """compute(hidden [T, D], head), run in the place and under the hooks of the model's head."""
-    check_rope(model, tree)
+    if not isinstance(tree, PrefixTree):
+        raise TypeError(f"TreeModel: tree must be a PrefixTree, got {type(tree).__name__}")
     head = head_of(model)
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    check_range("TreeModel", "tree.tokens", tree.tokens, vocabulary, "vocabulary")
+    check_rope(model, tree)
     results = []
 
     def at_head(hidden: Tensor) -> Tensor:
@@ -145,5 +153,10 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
         raise ValueError(
             f"TreeModel: the output head of {type(model).__name__} must be a plain torch.nn.Linear, "
             f"got {kind.__module__}.{kind.__name__}; merge an adapter into it, or leave the head out of what it adapts"
+        )
+    if hasattr(head, "_hf_hook"):
+        raise ValueError(
+            f"TreeModel: the output head of {type(model).__name__} must be on one device for good, "
+            "got a head that accelerate dispatches; load the model without device_map and without offloading"
         )
     return head

@@ -9,6 +9,8 @@ from latro_kernels._autograd import accumulator, autocast_operands, first_order
 from latro_kernels.impl import choose
 from latro_kernels.linear_logprobs import reference
 
+BACKENDS = {"reference": reference.linear_logprobs}
+
 
 def linear_logprobs(
     hidden: Tensor,
@@ -29,13 +31,13 @@ def linear_logprobs(
 
     The result is float32, or float64 for float64 inputs. Differentiable in hidden, weight and bias.
     """
-    checks.check_tensors("linear_logprobs", hidden=hidden, weight=weight)
+    checks.check_tensors("linear_logprobs", hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     hidden, weight, bias = autocast_operands(hidden, weight, bias)
     _check(hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
-    choose("linear_logprobs", impl, hidden.device)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(accumulator(hidden.dtype))
-    return reference.linear_logprobs(
+    backend = BACKENDS[choose("linear_logprobs", impl, hidden.device)]
+    return backend(
         first_order(hidden), first_order(weight), rows, targets, first_order(bias), temperature, softcap, logit_scale
     )
 
@@ -66,7 +68,9 @@ def _check(
         checks.check_like(operator, "bias", bias, "hidden", hidden)
     if isinstance(temperature, Tensor):
         checks.check_shape(operator, "temperature", temperature, (rows.shape[0],))
+        checks.check_floating(operator, "temperature", temperature)
         checks.check_device(operator, "temperature", temperature, "hidden", hidden)
+        checks.check_all_positive(operator, "temperature", temperature)
     else:
         checks.check_positive(operator, "temperature", temperature)
     if softcap is not None:

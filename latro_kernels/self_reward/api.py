@@ -1,6 +1,6 @@
 """LaTRO's loss: reward each rationale by the log-prob it gives to the answer.
 
-    r_k  = log π(y | x, z_k) − β log π(z_k | x) / π0(z_k | x)
+    r_k  = log π(y | x, z_k) − β log [π(z_k | x) / π0(z_k | x)]
     A_k  = r_k − mean of the other r_j of the same prompt
     loss = −(1/R) Σ_k [A_k log π(z_k | x) + λ log π(y | x, z_k)]     r and A detached
 
@@ -20,11 +20,11 @@ from latro_kernels._autograd import first_order
 from latro_kernels.impl import choose
 from latro_kernels.linear_logprobs.api import linear_logprobs
 from latro_kernels.self_reward import native
-from latro_kernels.self_reward import objective as reference
+from latro_kernels.self_reward import objective as definition
 from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
 from latro_kernels.tree import RATIONALE, ScoredTokens
 
-BACKENDS = {"native": native.self_reward, "reference": reference.self_reward}
+BACKENDS = {"native": native.self_reward, "reference": definition.self_reward}
 
 
 class SelfRewardLoss(NamedTuple):
@@ -78,9 +78,12 @@ def fused_self_reward_loss(
             f"{operator}: weight must have a row for target {scored.plan.min_vocab - 1}, got {weight.shape[0]} rows"
         )
     checks.check_positive(operator, "temperature", temperature)
-    given = _extras(operator, scored, hidden, ref_logps, advantage, denominator)
-    if isinstance(objective, SelfReward):
-        objective.check(scored, ref_logps, advantage)
+    given = _given(operator, scored, "hidden", hidden, ref_logps, advantage, denominator)
+    extras = _own_extras(operator, extras)
+    # Not a subclass, which may compute something else.
+    self_reward_objective = objective if type(objective) is SelfReward else None
+    if self_reward_objective:
+        self_reward_objective.check(scored, ref_logps, advantage)
         if extras:
             raise ValueError(f"{operator}: SelfReward reads no extras, got {sorted(extras)}")
     choose(operator, impl, hidden.device)
@@ -97,10 +100,10 @@ def fused_self_reward_loss(
         logit_scale=logit_scale,
         impl=part,
     )
-    if isinstance(objective, SelfReward):
-        terms = self_reward(logps, scored, objective, **given, impl=part)
+    if self_reward_objective:
+        terms = self_reward(logps, scored, self_reward_objective, **given, impl=part)
     else:
-        terms = _other_terms(objective(logps, scored, {**given, **(extras or {})}), logps, scored, ref_logps)
+        terms = _other_terms(objective(logps, scored, {**given, **extras}), logps, scored, ref_logps)
     return SelfRewardLoss(
         terms.loss, terms.reward, terms.advantage, terms.kl, terms.rationale_logp, terms.answer_logp, logps.detach()
     )
@@ -119,11 +122,17 @@ def self_reward(
     """The self-reward objective alone: log-probs [M] to loss, reward, advantage, KL, and ∂loss/∂logps [M]."""
     operator = "self_reward"
     objective = SelfReward() if objective is None else objective
+    if not isinstance(objective, SelfReward):
+        raise TypeError(
+            f"{operator}: objective must be a SelfReward, got {objective!r:.80}; "
+            "fused_self_reward_loss takes any objective"
+        )
+    _check_scored(operator, scored)
     checks.check_shape(operator, "logps", logps, (scored.rows.shape[0],))
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{operator}: logps must have dtype torch.float32 or torch.float64, got {logps.dtype}")
     checks.check_device(operator, "scored", scored.rows, "logps", logps)
-    given = _extras(operator, scored, logps, ref_logps, advantage, denominator)
+    given = _given(operator, scored, "logps", logps, ref_logps, advantage, denominator)
     objective.check(scored, ref_logps, advantage)
     backend = BACKENDS[choose(operator, impl, logps.device)]
     return backend(
@@ -159,8 +168,7 @@ def _objective(
 def _flatten(operator: str, hidden: Tensor, scored: ScoredTokens) -> Tensor:
     """hidden as [T, D]."""
     checks.check_tensors(operator, hidden=hidden)
-    if not isinstance(scored, ScoredTokens):
-        raise TypeError(f"{operator}: scored must be ScoredTokens, got {type(scored).__name__}")
+    _check_scored(operator, scored)
     if hidden.dim() == 3:
         hidden = hidden.flatten(0, 1)
     checks.check_shape(operator, "hidden", hidden, (scored.plan.hidden_rows, "D"))
@@ -172,9 +180,26 @@ def _flatten(operator: str, hidden: Tensor, scored: ScoredTokens) -> Tensor:
     return hidden
 
 
-def _extras(
+def _check_scored(operator: str, scored: ScoredTokens) -> None:
+    if not isinstance(scored, ScoredTokens):
+        raise TypeError(f"{operator}: scored must be ScoredTokens, got {type(scored).__name__}")
+
+
+def _own_extras(operator: str, extras: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    if extras is None:
+        return {}
+    if not isinstance(extras, Mapping):
+        raise TypeError(f"{operator}: extras must be a mapping of names to tensors, got {type(extras).__name__}")
+    for name in ("ref_logps", "advantage", "denominator"):
+        if name in extras:
+            raise ValueError(f"{operator}: extras must not hold {name!r}, which is an argument of its own")
+    return extras
+
+
+def _given(
     operator: str,
     scored: ScoredTokens,
+    like_name: str,
     like: Tensor,
     ref_logps: Tensor | None,
     advantage: Tensor | None,
@@ -186,7 +211,7 @@ def _extras(
         if tensor is not None:
             checks.check_shape(operator, name, tensor, (size.shape[0],))
             checks.check_floating(operator, name, tensor)
-            checks.check_device(operator, name, tensor, "hidden", like)
+            checks.check_device(operator, name, tensor, like_name, like)
             given[name] = tensor.detach()
     if denominator is not None:
         checks.check_positive(operator, "denominator", denominator)
@@ -199,7 +224,8 @@ def _temperatures(temperature: float, scored: ScoredTokens) -> float | Tensor:
     if temperature == 1:
         return 1.0
     sampled = scored.kind[scored.segment] == RATIONALE
-    return torch.ones_like(sampled, dtype=torch.float64).masked_fill(sampled, temperature)
+    # Arithmetic, because torch.compile would compile a fill again for each new temperature.
+    return 1 + sampled.double() * (temperature - 1)
 
 
 def _like(tensor: Tensor | None, logps: Tensor) -> Tensor | None:
@@ -213,5 +239,13 @@ def _other_terms(loss: Tensor, logps: Tensor, scored: ScoredTokens, ref_logps: T
         raise ValueError(f"fused_self_reward_loss: objective must return a loss of shape [], got {got}")
     unknown = logps.new_full((scored.prompt.shape[0],), torch.nan)
     ref_logps = _like(ref_logps, logps)
-    terms = reference.self_reward(logps.detach(), scored, SelfReward(beta=0), ref_logps, unknown, 1.0)
-    return terms._replace(loss=loss, reward=unknown)
+    terms = definition.self_reward(logps.detach(), scored, SelfReward(beta=0), ref_logps, unknown, 1.0)
+    return SelfRewardTerms(
+        loss,
+        unknown,
+        unknown.clone(),
+        terms.kl,
+        terms.rationale_logp,
+        terms.answer_logp,
+        terms.coefficients,
+    )

@@ -28,14 +28,10 @@ STD_EPSILON = 1e-4
 class Objective(Protocol):
     """A loss of log-probs, in differentiable PyTorch over small tensors.
 
-    Make it a frozen dataclass: torch.compile and caches compare it by value.
-
-    `extras` holds what the caller gave besides: ref_logps [M], advantage [R], denominator, and tensors of its own.
+    Make it a frozen dataclass: torch.compile and caches compare it by value. `extras` holds what the caller gave
+    besides: ref_logps [M], advantage [R], denominator, and tensors of its own. A property `couples` may say that a
+    token's gradient depends on its own prompt's rationales alone ("group"); else it may depend on the whole "batch".
     """
-
-    @property
-    def couples(self) -> Literal["group", "batch"]:
-        """Whether a token's gradient depends on its own prompt's rationales only, or on the whole batch."""
 
     def __call__(self, logps: Tensor, scored: ScoredTokens, extras: Mapping[str, Any]) -> Tensor: ...
 
@@ -62,6 +58,8 @@ class SelfReward:
     floor: the answer's log-prob counts as no less than this in the reward, so that a confidently wrong rationale is not
         punished below an empty one.
     scale: divide advantages by the standard deviation of the rewards of their "group" or of the whole "batch".
+
+    torch.compile compiles again for each new value of these.
     """
 
     beta: float = 0.05
@@ -84,6 +82,7 @@ class SelfReward:
 
     @property
     def couples(self) -> Literal["group", "batch"]:
+        """Whether a token's gradient depends on its own prompt's rationales alone, or on the whole batch."""
         return "batch" if self.scale == "batch" else "group"
 
     def __call__(self, logps: Tensor, scored: ScoredTokens, extras: Mapping[str, Any]) -> Tensor:
@@ -123,18 +122,20 @@ def self_reward(
 
     rationale_logp = per_rationale(logps, in_rationale)
     answer_logp = per_rationale(logps, in_answer)
-    ref = logps.detach() if ref_logps is None else torch.where(in_rationale, ref_logps, logps.detach())
-    token_kl, token_kl_slope = _token_kl(logps - ref, objective.kl)
+    ref = logps.detach() if ref_logps is None else ref_logps
+    token_kl, token_kl_slope = _token_kl(torch.where(in_rationale, logps - ref, 0), objective.kl)
     kl = per_rationale(token_kl, in_rationale)
 
-    reward = answer_logp.detach() if objective.floor is None else answer_logp.detach().clamp(min=objective.floor)
+    reward = answer_logp.detach().clone() if objective.floor is None else answer_logp.detach().clamp(objective.floor)
     if objective.kl == "k1" and objective.beta:
         reward = reward - objective.beta * kl.detach()
-    if advantage is None:
-        advantage = _leave_one_out(reward, scored, objective.scale)
+    # Results share storage neither with each other nor with what was given.
+    advantage = _leave_one_out(reward, scored, objective.scale) if advantage is None else advantage.clone()
 
     loss = -(advantage * rationale_logp + objective.answer_weight * answer_logp).sum() / denominator
-    coefficients = -advantage[rationale] * in_rationale - objective.answer_weight * in_answer.to(logps.dtype)
+    coefficients = torch.where(in_rationale, -advantage[rationale], 0) - objective.answer_weight * in_answer.to(
+        logps.dtype
+    )
     if objective.kl != "k1" and objective.beta:
         loss = loss + objective.beta * kl.sum() / denominator
         coefficients = coefficients + objective.beta * token_kl_slope * in_rationale

@@ -10,6 +10,8 @@ from latro_kernels.impl import choose
 from latro_kernels.tree import PrefixTree
 from latro_kernels.tree_attention import reference
 
+BACKENDS = {"reference": reference.tree_attention}
+
 
 def tree_attention(
     q: Tensor,
@@ -35,8 +37,8 @@ def tree_attention(
     checks.check_tensors("tree_attention", q=q, k=k, v=v)
     q, k, v = autocast_operands(q, k, v)
     _check(q, k, v, tree, scale, softcap, window, sinks)
-    choose("tree_attention", impl, q.device)
-    return reference.tree_attention(
+    backend = BACKENDS[choose("tree_attention", impl, q.device)]
+    return backend(
         first_order(q),
         first_order(k),
         first_order(v),
@@ -69,6 +71,8 @@ def _check(
     checks.check_like(operator, "k", k, "q", q)
     checks.check_like(operator, "v", v, "q", q)
     checks.check_device(operator, "tree", tree.reach, "q", q)
+    if q.shape[2] == 0:
+        raise ValueError(f"{operator}: q must have a head size E > 0, got {list(q.shape)}")
     if k.shape[0] == 0 or q.shape[0] % k.shape[0]:
         raise ValueError(f"{operator}: the heads of k must divide the {q.shape[0]} heads of q, got {k.shape[0]}")
     if scale is not None:
