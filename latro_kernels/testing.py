@@ -26,6 +26,32 @@ class Batch:
     def pack(self, **options: object) -> tuple[PrefixTree, ScoredTokens]:
         return pack_rationales(self.prompts, self.rationales, self.answers, **options)  # type: ignore[arg-type]
 
+    def padded(self, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input_ids, attention_mask, rationale_mask and answer_mask, with all padding on one side."""
+        rows, parts = [], []
+        for prompt, group, answer in zip(self.prompts, self.rationales, self.answers, strict=True):
+            for z in group:
+                rows.append(prompt + z + answer)
+                parts.append([1] * len(prompt) + [2] * len(z) + [3] * len(answer))
+        width = max(map(len, rows)) + 3
+
+        def pad(lists: list[list[int]]) -> Tensor:
+            return torch.tensor(
+                [[0] * (width - len(a)) + a if side == "left" else a + [0] * (width - len(a)) for a in lists]
+            )
+
+        part = pad(parts)
+        return pad(rows), (part > 0).long(), (part == 2).long(), (part == 3).long()
+
+
+def path_to(tree: PrefixTree, t: int) -> list[int]:
+    """The rows from the root to row t, found by walking up."""
+    path = []
+    while t != -1:
+        path.append(t)
+        t = int(tree.previous[t])
+    return path[::-1]
+
 
 def random_batch(
     seed: int,

@@ -71,7 +71,7 @@ def test_padded_trainer_equals_the_packed_tree(side):
     ref_logps = TreeModel(reference).logprobs(tree, packed)
     out = TreeModel(model)(tree, packed, ref_logps=ref_logps)
 
-    input_ids, attention_mask, z_mask, y_mask = padded(batch, side)
+    input_ids, attention_mask, z_mask, y_mask = batch.padded(side)
     scored = ScoredTokens.from_padded(input_ids, z_mask, y_mask, num_generations=3)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     hidden = model.model(input_ids, attention_mask=attention_mask, position_ids=positions).last_hidden_state
@@ -80,25 +80,6 @@ def test_padded_trainer_equals_the_packed_tree(side):
     for name, ours, theirs in zip(out._fields, again, out, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert_same_gradients(gradients(model, again.loss), gradients(model, out.loss), 1e-5)
-
-
-def padded(batch, side):
-    rows, lengths = [], []
-    for prompt, group, answer in zip(batch.prompts, batch.rationales, batch.answers, strict=True):
-        for z in group:
-            rows.append(prompt + z + answer)
-            lengths.append((len(prompt), len(z), len(answer)))
-    width = max(map(len, rows)) + 3
-
-    def pad(row):
-        padding = [0] * (width - len(row))
-        return padding + row if side == "left" else row + padding
-
-    def mask(part):
-        return torch.tensor([pad([int(p == part) for p in range(3) for _ in range(sizes[p])]) for sizes in lengths])
-
-    attention_mask = torch.tensor([pad([1] * len(row)) for row in rows])
-    return torch.tensor([pad(row) for row in rows]), attention_mask, mask(1), mask(2)
 
 
 def test_end_tokens_equal_rationales_that_were_sampled_to_their_end():

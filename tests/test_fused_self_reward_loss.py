@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from latro_kernels import (
-    ANSWER,
     RATIONALE,
-    ScoredTokens,
     SelfReward,
     fused_self_reward_loss,
     linear_logprobs,
@@ -80,39 +78,6 @@ def test_the_estimator_of_the_paper():
     out = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (out.loss, expected)))
-
-
-def test_padded_batch_equals_packed_tree():
-    batch = random_batch(1, V, group_sizes=(3, 3))
-    tree, packed = batch.pack()
-    hidden, weight = head_inputs(len(tree.tokens))
-
-    rows, z_mask, y_mask, width = [], [], [], 25
-    segment_of = iter(range(len(packed.kind)))
-    for n, group in enumerate(batch.rationales):
-        for z in group:
-            prompt, answer = batch.prompts[n], batch.answers[n]
-            last = {kind: packed.plan.segment_tokens[next(segment_of) + 1] - 1 for kind in (RATIONALE, ANSWER)}
-            t, path = int(packed.rows[last[ANSWER]]), []
-            while t != -1:
-                path.append(t)
-                t = int(tree.previous[t])
-            row = path[::-1] + [0]  # the last answer token predicts nothing
-            assert len(row) == len(prompt + z + answer)
-            padding = [0] * (width - len(row))
-            rows.append((row + padding, prompt + z + answer + padding))
-            z_mask.append([0] * len(prompt) + [1] * len(z) + [0] * len(answer) + padding)
-            y_mask.append([0] * (len(prompt) + len(z)) + [1] * len(answer) + padding)
-    padded_hidden = hidden[torch.tensor([row for row, _ in rows])]
-    input_ids = torch.tensor([tokens for _, tokens in rows])
-    padded = ScoredTokens.from_padded(input_ids, torch.tensor(z_mask), torch.tensor(y_mask), 3)
-
-    a = fused_self_reward_loss(hidden, weight, packed, beta=0)
-    b = fused_self_reward_loss(padded_hidden, weight, padded, beta=0)
-    for ours, theirs in zip(a, b, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
-    for ours, theirs in zip(*(torch.autograd.grad(out.loss, [hidden, weight]) for out in (a, b)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("objective", [SelfReward(beta=0), SelfReward(beta=0, scale="group")], ids=str)

@@ -81,8 +81,11 @@ def test_choosing_is_traced_without_a_break_and_without_a_warning(native_missing
 
 @pytest.mark.parametrize(("operator", "backend"), impl.KERNELS)
 def test_ready_native_kernels_are_registered(operator, backend):
-    for device in impl.KERNELS[operator, backend]:
-        if backend == "native" and impl.status(operator, backend, device).ready:
+    ready = [device for device in impl.KERNELS[operator, backend] if impl.status(operator, backend, device).ready]
+    if not ready:
+        pytest.skip(f"{backend}: {impl.status(operator, backend, 'cpu').reason}")
+    for device in ready:
+        if backend == "native":
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"latro_kernels::{operator}", device.upper())
 
 

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from latro.model import TreeModel, tree_hidden, verify_tree
 from latro.model.attention import TreeMask
 from latro_kernels import PrefixTree, pack_rationales
+from latro_kernels.testing import path_to
 from tests.families import NOT_BUILT, REFUSED, SUPPORTED, VOCABULARY, tiny_config, tiny_model
 from tests.float64 import Float64
 from tests.oracle import oracle_loss
@@ -34,12 +35,8 @@ def forest():
 
 def paths(tree):
     """For every leaf, its path from the root, as rows."""
-    previous = tree.previous.tolist()
-    for leaf in sorted(set(range(len(previous))) - set(previous)):
-        path = [leaf]
-        while previous[path[0]] >= 0:
-            path.insert(0, previous[path[0]])
-        yield path
+    leaves = sorted(set(range(len(tree.tokens))) - set(tree.previous.tolist()))
+    return [path_to(tree, leaf) for leaf in leaves]
 
 
 def hidden_at_head(model, input_ids):

@@ -7,17 +7,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from latro_kernels import ANSWER, BASELINE, RATIONALE, PrefixTree, ScoredTokens, pack_rationales
-from latro_kernels.testing import random_batch, random_forest
+from latro_kernels.testing import path_to, random_batch, random_forest
 from latro_kernels.tree import TILE
-
-
-def ancestors(tree: PrefixTree, t: int) -> list[int]:
-    """The tokens on t's path, found by walking up."""
-    path = []
-    while t != -1:
-        path.append(t)
-        t = int(tree.previous[t])
-    return path[::-1]
 
 
 def visible(tree: PrefixTree) -> torch.Tensor:
@@ -36,7 +27,7 @@ def test_reach_equals_ancestor_search(first_seed):
         tree = PrefixTree.pack(nodes, parents)
         expected = torch.zeros(len(tree.tokens), len(tree.tokens), dtype=torch.bool)
         for t in range(len(tree.tokens)):
-            expected[t, ancestors(tree, t)] = True
+            expected[t, path_to(tree, t)] = True
         assert torch.equal(visible(tree), expected), f"seed {seed}: {nodes}, {parents}"
 
 
@@ -49,7 +40,7 @@ def test_every_path_reads_as_its_nodes(seed):
         own = (tree.node == n).nonzero().flatten()
         assert tree.tokens[own].tolist() == tokens
         if tokens:
-            path = ancestors(tree, int(own[-1]))
+            path = path_to(tree, int(own[-1]))
             assert tree.tokens[path].tolist() == path_of(nodes, parents, n)
             assert tree.positions[path].tolist() == list(range(len(path)))
 
@@ -113,7 +104,7 @@ def test_packed_segments_are_the_paths(seed, end, baseline):
         assert scored.segment[own].tolist() == [s] * len(tokens)
         assert scored.targets[own].tolist() == tokens
         for i, row in enumerate(scored.rows[own].tolist()):
-            assert tree.tokens[ancestors(tree, row)].tolist() == context + tokens[:i]
+            assert tree.tokens[path_to(tree, row)].tolist() == context + tokens[:i]
 
     sizes = [len(group) for group in batch.rationales]
     assert scored.prompt.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
@@ -132,30 +123,12 @@ def test_ends_are_scored_but_not_seen_by_the_answer():
     assert visible(tree)[4].tolist() == [True, True, True, False, True]
 
 
-def pad(batch, side, vocab=40):
-    """input_ids and masks as a trainer has them: left-padded prompts, or all padding on the right."""
-    rows, z_mask, y_mask = [], [], []
-    for prompt, group, answer in zip(batch.prompts, batch.rationales, batch.answers, strict=True):
-        for z in group:
-            rows.append(prompt + z + answer)
-            z_mask.append([0] * len(prompt) + [1] * len(z) + [0] * len(answer))
-            y_mask.append([0] * (len(prompt) + len(z)) + [1] * len(answer))
-    width = max(map(len, rows)) + 2
-
-    def padded(lists):
-        return torch.tensor(
-            [([0] * (width - len(a)) + a) if side == "left" else (a + [0] * (width - len(a))) for a in lists]
-        )
-
-    return padded(rows), padded(z_mask), padded(y_mask)
-
-
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_from_padded_scores_the_same_tokens(side, mask_dtype):
     batch = random_batch(3, vocab=40, group_sizes=(3, 3, 3))
     _, packed = batch.pack()
-    input_ids, z_mask, y_mask = pad(batch, side)
+    input_ids, _, z_mask, y_mask = batch.padded(side)
     scored = ScoredTokens.from_padded(input_ids, z_mask.to(mask_dtype), y_mask.to(mask_dtype), 3)
     for name in ("targets", "segment", "kind", "rationale", "option", "prompt"):
         assert torch.equal(getattr(scored, name), getattr(packed, name)), name
@@ -210,7 +183,7 @@ def test_token_lists_may_be_of_any_kind(kind):
 def test_packing_during_a_rollout_with_another_default_device():
     """In inference mode, with tensors made on a GPU by default: the tree is on the host and can be trained with."""
     batch = random_batch(0, 40, group_sizes=(3, 3))
-    input_ids, z_mask, y_mask = pad(batch, "left")
+    input_ids, _, z_mask, y_mask = batch.padded("left")
     expected = batch.pack(), ScoredTokens.from_padded(input_ids, z_mask, y_mask, 3)
     with torch.inference_mode(), torch.device("meta"):
         packed = batch.pack(), ScoredTokens.from_padded(input_ids.clone(), z_mask, y_mask, 3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from latro_kernels import PrefixTree, tree_attention
-from latro_kernels.testing import random_forest
+from latro_kernels.testing import path_to, random_forest
 
 VARIANTS = {
     "plain": {},
@@ -31,14 +31,6 @@ def options_of(variant, heads=4, dtype=torch.float64):
     return options
 
 
-def path_of(tree, t):
-    path = []
-    while t != -1:
-        path.append(t)
-        t = int(tree.previous[t])
-    return path[::-1]
-
-
 def one_query(q, k, v, scale=None, softcap=None, sinks=None):
     """Attention of one query [H, E] over its keys [H, n, E], in the words of the formula."""
     s = (k * q[:, None]).sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -64,7 +56,7 @@ def test_each_token_attends_to_its_path_alone(seed, variant, heads):
     group = heads[0] // heads[1]
     expected = []
     for t in range(len(tree.tokens)):
-        path = path_of(tree, t)[-window if window else None :]
+        path = path_to(tree, t)[-window if window else None :]
         keys, values = (x[:, path].repeat_interleave(group, 0) for x in (k, v))
         expected.append(one_query(q[:, t], keys, values, **options))
     expected = torch.stack(expected, 1)
