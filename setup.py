@@ -28,6 +28,7 @@ WARNINGS = ["-Wall", "-Wextra"]
 COMMON_FLAGS = [
     "-std=c++20",  # some torch in range would say c++17
     "-O3",
+    "-ffp-contract=fast",  # multiply and add in one rounding, where the instruction set has it
     # Again, as system directories: torch's own headers are not clean under -Wextra.
     *(flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)),
 ]

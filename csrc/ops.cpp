@@ -6,6 +6,17 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(latro_kernels, m) {
+  // Attention over a tree: q [H, T, E], k and v [Hkv, T, E], tiles [tiles, 2] int32 and positions [T] of the
+  // PrefixTree. out is [T, H, E]; stats [2, H, T] are the maximum of each row's scores and its sum of e^(score -
+  // maximum). Gradients are stored as out is; grad_sinks is empty without sinks.
+  m.def(
+      "tree_attention(Tensor q, Tensor k, Tensor v, Tensor tiles, Tensor positions, Tensor? sinks, "
+      "float scale, float? softcap, int? window) -> (Tensor out, Tensor stats)");
+  m.def(
+      "tree_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
+      "Tensor tiles, Tensor positions, Tensor? sinks, float scale, float? softcap, int? window) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
+
   // Reward, leave-one-out advantage, KL and loss of R rationales from M token log-probs, and d loss / d logps
   // with reward and advantage held constant. The loss is the sum over rationales; the caller divides it, and the
   // coefficients with it. loss is a scalar, reward to answer_logp are [R], coefficients is [M].

@@ -15,7 +15,14 @@ DEVICES = ("cpu", "cuda")
 
 # Device types that a backend has kernels for. The reference is eager PyTorch, for every operator on every device.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("tree_attention", "native"): ("cpu",),
     ("self_reward", "native"): ("cpu", "cuda"),
+}
+
+
+# What a kernel takes, where that is not every floating dtype.
+DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
+    ("tree_attention", "native"): (torch.float32, torch.bfloat16),
 }
 
 
@@ -40,21 +47,30 @@ def status(operator: str, backend: str, device_type: str) -> Status:
     return _STATUS.get((backend, device_type), READY)
 
 
-def choose(operator: str, impl: str, device: torch.device) -> str:
+def takes(operator: str, backend: str, dtype: torch.dtype | None) -> bool:
+    return dtype is None or dtype in DTYPES.get((operator, backend), (dtype,))
+
+
+def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend to run. "auto" takes the first that is ready; a named one is ready or raises."""
     if impl == "auto":
-        return _best(operator, device.type)
+        return _best(operator, device.type, dtype)
     if impl not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"{operator}: impl must be one of {names}, got {impl!r}")
     found = status(operator, impl, device.type)
     if not found.ready:
         raise RuntimeError(f"{operator}: impl={impl!r} cannot run on {device.type}: {found.reason}; {found.mend}")
+    if not takes(operator, impl, dtype):
+        names = " and ".join(str(taken) for taken in DTYPES[operator, impl])
+        raise RuntimeError(f"{operator}: impl={impl!r} takes {names}, got {dtype}; cast, or use impl='reference'")
     return impl
 
 
-def _best(operator: str, device_type: str) -> str:
+def _best(operator: str, device_type: str, dtype: torch.dtype | None) -> str:
     for backend in BACKENDS[:-1]:
+        if not takes(operator, backend, dtype):
+            continue
         found = status(operator, backend, device_type)
         if found.ready:
             return backend

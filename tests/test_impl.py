@@ -42,9 +42,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 
 def test_a_kernel_that_is_not_written_is_refused():
-    message = "tree_attention: impl='native' cannot run on cpu: tree_attention has no native kernel for cpu; use impl="
+    message = (
+        "linear_logprobs: impl='native' cannot run on cpu: linear_logprobs has no native kernel for cpu; use impl="
+    )
     with pytest.raises(RuntimeError, match=message):
-        impl.choose("tree_attention", "native", CPU)
+        impl.choose("linear_logprobs", "native", CPU)
 
 
 def test_a_kernel_that_is_not_ready_is_refused_with_reason_and_mend(native_missing):
@@ -63,7 +65,7 @@ def test_auto_says_once_that_a_kernel_is_missing(native_missing):
 def test_auto_is_silent_where_nothing_is_missing(native_missing):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert impl.choose("tree_attention", "auto", CPU) == "reference"  # has no kernel to miss
+        assert impl.choose("linear_logprobs", "auto", CPU) == "reference"  # has no kernel to miss
         assert impl.choose("self_reward", "auto", torch.device("meta")) == "reference"
         assert impl.choose("self_reward", "reference", CPU) == "reference"
 

@@ -8,9 +8,9 @@ from latro_kernels import checks
 from latro_kernels._autograd import autocast_operands, first_order
 from latro_kernels.impl import choose
 from latro_kernels.tree import PrefixTree
-from latro_kernels.tree_attention import reference
+from latro_kernels.tree_attention import native, reference
 
-BACKENDS = {"reference": reference.tree_attention}
+BACKENDS = {"native": native.tree_attention, "reference": reference.tree_attention}
 
 
 def tree_attention(
@@ -37,13 +37,12 @@ def tree_attention(
     checks.check_tensors("tree_attention", q=q, k=k, v=v)
     q, k, v = autocast_operands(q, k, v)
     _check(q, k, v, tree, scale, softcap, window, sinks)
-    backend = BACKENDS[choose("tree_attention", impl, q.device)]
+    backend = BACKENDS[choose("tree_attention", impl, q.device, q.dtype)]
     return backend(
         first_order(q),
         first_order(k),
         first_order(v),
-        tree.reach,
-        tree.positions,
+        tree,
         first_order(sinks),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from latro_kernels._autograd import accumulator
+from latro_kernels.tree import PrefixTree
 
 
 def tree_attention(
     q: Tensor,  # [H, T, E]
     k: Tensor,  # [Hkv, T, E]
     v: Tensor,  # [Hkv, T, E]
-    reach: Tensor,  # [T]
-    positions: Tensor,  # [T]
+    tree: PrefixTree,
     sinks: Tensor | None,  # [H]
     scale: float,
     softcap: float | None,
@@ -30,7 +30,7 @@ def tree_attention(
     scores = scores.to(accumulator(q.dtype)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible(reach, positions, window), -torch.inf)
+    scores = scores.masked_fill(~visible(tree, window), -torch.inf)
     if sinks is not None:
         sink = sinks.to(scores.dtype).reshape(Hkv, H // Hkv, 1, 1).expand(-1, -1, T, 1)
         scores = torch.cat([scores, sink], dim=-1)
@@ -39,8 +39,9 @@ def tree_attention(
     return out.transpose(0, 1).contiguous().transpose(0, 1)  # [T, H * E] is a view
 
 
-def visible(reach: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def visible(tree: PrefixTree, window: int | None) -> Tensor:
     """The mask [T queries, T keys] that the kernels never store."""
+    reach, positions = tree.reach, tree.positions
     row = torch.arange(reach.shape[0], device=reach.device)
     i, j = row[:, None], row[None, :]
     mask = (j <= i) & (i < reach[None, :])

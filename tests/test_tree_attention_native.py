@@ -1,0 +1,172 @@
+"""The C++ kernels of tree attention against the definition, on every instruction set that this machine has."""
+
+import random
+
+import pytest
+import torch
+
+from latro_kernels import PrefixTree, tree_attention
+from latro_kernels.impl import status
+from latro_kernels.testing import assert_error_about_eagers, random_forest
+
+NATIVE = status("tree_attention", "native", "cpu")
+pytestmark = pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")
+
+
+def instruction_sets():
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ["portable", *(["avx2"] if "AVX" in capability else []), *(["avx512"] if "AVX512" in capability else [])]
+
+
+@pytest.fixture(params=instruction_sets())
+def instruction_set(request, monkeypatch):
+    monkeypatch.setenv("LATRO_CPU", request.param)
+    return request.param
+
+
+VARIANTS = {
+    "plain": {},
+    "softcap": {"softcap": 2.0},
+    "window": {"window": 37},
+    "sinks": {"sinks": True},
+    "everything": {"scale": 0.3, "softcap": 4.0, "window": 150, "sinks": True},
+}
+
+
+def inputs(seed, E, heads=(4, 2), longest=90, dtype=torch.float32, sinks=False):
+    """A tree, operands that the dtype can hold, and the direction of a gradient."""
+    tree = PrefixTree.pack(*random_forest(seed, nodes=10, longest=longest))
+    generator = torch.Generator().manual_seed(seed)
+    T, (H, Hkv) = len(tree.tokens), heads
+    operands = [torch.randn(h, T, E, generator=generator).to(dtype) for h in (H, Hkv, Hkv, H)]
+    return tree, operands, torch.randn(H, generator=generator) if sinks else None
+
+
+def results(seed, E, impl, compute_dtype, of, dtype, variant, **shape):
+    """One of out, grad_q, grad_k, grad_v, grad_sinks."""
+    options = dict(VARIANTS[variant])
+    tree, operands, sinks = inputs(seed, E, dtype=dtype, sinks=options.pop("sinks", False), **shape)
+    *leaves, direction = (x.to(compute_dtype) for x in operands)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    if sinks is not None:
+        leaves.append(sinks.to(compute_dtype if impl == "reference" else torch.float32).requires_grad_())
+        options["sinks"] = leaves[3]
+    out = tree_attention(*leaves[:3], tree, impl=impl, **options)
+    return out.detach() if of == 0 else torch.autograd.grad(out, leaves[of - 1], direction)[0]
+
+
+NAMES = ("out", "grad_q", "grad_k", "grad_v", "grad_sinks")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("E", [64, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_error_is_about_eagers(dtype, E, variant, instruction_set):
+    for of, name in enumerate(NAMES):
+        if name == "grad_sinks":
+            # Four numbers of one sum each: too few for a ratio of errors; the test below has them.
+            continue
+        assert_error_about_eagers(
+            actual=lambda seed, of=of: results(seed, E, "native", dtype, of, dtype, variant),
+            eager=lambda seed, of=of: results(seed, E, "reference", dtype, of, dtype, variant),
+            exact=lambda seed, of=of: results(seed, E, "reference", torch.float64, of, dtype, variant),
+            what=f"tree_attention[native, {instruction_set}] {name}",
+        )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_tree_heads_size_and_strides(seed, instruction_set):
+    rng = random.Random(seed)
+    heads = rng.choice([(1, 1), (3, 3), (4, 2), (8, 1), (6, 2)])
+    E = rng.choice([1, 3, 8, 17, 33, 64, 96, 128, 256])
+    nodes, longest = rng.choice([(1, 1), (3, 300), (40, 3), (12, 40), (25, 9)])
+    tree = PrefixTree.pack(*random_forest(seed, nodes=nodes, longest=longest))
+    generator = torch.Generator().manual_seed(seed)
+    T, (H, Hkv) = len(tree.tokens), heads
+    options = {
+        "scale": rng.choice([None, 0.2]),
+        "softcap": rng.choice([None, 3.0]),
+        "window": rng.choice([None, 1, 5, 64, 1000]),
+    }
+    leaves = [torch.randn(T, h, E, generator=generator, dtype=torch.float64) for h in (H, Hkv, Hkv)]
+    if rng.random() < 0.5:
+        leaves.append(torch.randn(H, generator=generator, dtype=torch.float64))
+    direction = torch.randn(H, T, E, generator=generator, dtype=torch.float64)
+
+    def run(impl, dtype):
+        mine = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        q, k, v = (x.transpose(0, 1) for x in mine[:3])  # as a model has them
+        out = tree_attention(q, k, v, tree, sinks=mine[3] if len(mine) > 3 else None, impl=impl, **options)
+        assert out.transpose(0, 1).is_contiguous()
+        return out, *torch.autograd.grad(out, mine, direction.to(dtype))
+
+    for name, ours, exact in zip(NAMES, run("native", torch.float32), run("reference", torch.float64), strict=False):
+        torch.testing.assert_close(
+            ours.double(),
+            exact,
+            rtol=2e-4,
+            atol=2e-5 * (1 + float(exact.detach().abs().max())),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def test_the_same_bits_every_time_whatever_the_threads(instruction_set):
+    tree, operands, sinks = inputs(0, 64, heads=(8, 4), sinks=True)
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            leaves = [x.clone().requires_grad_() for x in (*operands[:3], sinks)]
+            out = tree_attention(*leaves[:3], tree, sinks=leaves[3], impl="native")
+            return out, *torch.autograd.grad(out, leaves, operands[3])
+        finally:
+            torch.set_num_threads(before)
+
+    first = run(1)
+    for threads in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(run(threads), first, strict=True))
+
+
+def test_nan_goes_through(instruction_set):
+    tree, (q, k, v, _), _ = inputs(0, 16)
+    k[0, 0, 0] = torch.nan
+    assert tree_attention(q, k, v, tree, impl="native")[0, 0].isnan().all()
+
+
+def test_no_gradient_work_without_gradients(instruction_set):
+    tree, (q, k, v, _), _ = inputs(0, 16)
+    assert not tree_attention(q, k, v, tree, impl="native").requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_run_on_the_reference_or_raise(dtype):
+    tree, operands, _ = inputs(0, 16)
+    q, k, v = (x.to(dtype) for x in operands[:3])
+    assert torch.equal(tree_attention(q, k, v, tree), tree_attention(q, k, v, tree, impl="reference"))
+    with pytest.raises(RuntimeError, match=r"impl='native' takes torch.float32 and torch.bfloat16, got torch.float"):
+        tree_attention(q, k, v, tree, impl="native")
+
+
+@pytest.mark.parametrize("wish", ["avx1024", "AVX2"])
+def test_an_unknown_instruction_set_is_refused(wish, monkeypatch):
+    monkeypatch.setenv("LATRO_CPU", wish)
+    tree, (q, k, v, _), _ = inputs(0, 16)
+    with pytest.raises(RuntimeError, match=f"LATRO_CPU must be avx512, avx2 or portable, got {wish}"):
+        tree_attention(q, k, v, tree, impl="native")
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_opcheck(sinks):
+    tree, (q, k, v, direction), sink = inputs(0, 16, longest=20, sinks=sinks)
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    arguments = (q, k, v, tree.tiles.query, tree.positions, sink, 0.3, None, 5)
+    torch.library.opcheck(torch.ops.latro_kernels.tree_attention.default, arguments)
+    with torch.no_grad():
+        out, stats = torch.ops.latro_kernels.tree_attention(*arguments)
+    operands = [x.detach() for x in (direction.transpose(0, 1).contiguous().transpose(0, 1), q, k, v)]
+    torch.library.opcheck(
+        torch.ops.latro_kernels.tree_attention_backward.default, (*operands, out, stats, *arguments[3:])
+    )
