@@ -28,7 +28,6 @@ WARNINGS = ["-Wall", "-Wextra"]
 COMMON_FLAGS = [
     "-std=c++20",  # some torch in range would say c++17
     "-O3",
-    "-ffp-contract=fast",  # multiply and add in one rounding, where the instruction set has it
     # Again, as system directories: torch's own headers are not clean under -Wextra.
     *(flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)),
 ]
@@ -190,7 +189,12 @@ setup(
             py_limited_api=True,
             define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
             extra_compile_args={
-                "cxx": [*COMMON_FLAGS, "-fvisibility=hidden", *WARNINGS],
+                "cxx": [
+                    *COMMON_FLAGS,
+                    "-ffp-contract=fast",  # multiply and add in one rounding, where the instruction set has it
+                    "-fvisibility=hidden",
+                    *WARNINGS,
+                ],
                 "nvcc": [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])],
             },
         )

@@ -42,7 +42,7 @@ inline Tensor vector_argument(
       tensor.dim() == 1 && tensor.size(0) == size, op, ": ", name, " must have shape [", size, "], got ",
       shape(tensor));
   require(found == dtype, op, ": ", name, " must have dtype ", toString(dtype), ", got ", toString(found));
-  require(tensor.device() == like.device(), op, ": ", name, " must be on the device of logps");
+  require(tensor.device() == like.device(), op, ": ", name, " must be on the device of the first argument");
   return torch::stable::contiguous(tensor);
 }
 

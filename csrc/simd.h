@@ -111,7 +111,7 @@ LATRO_INLINE float max_of(Float<W> v) {
 template <int W>
 LATRO_INLINE Float<W> exp(Float<W> x) {
   const Float<W> low = Float<W>{} - 87.0f;
-  const Float<W> clamped = x < low ? low : x;         // a NaN stays one
+  const Float<W> clamped = x < low ? low : x;
   const Float<W> shifter = Float<W>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Float<W> shifted = clamped * 1.44269504f + shifter;
   const Float<W> n = shifted - shifter;
@@ -126,7 +126,8 @@ LATRO_INLINE Float<W> exp(Float<W> x) {
   p = p * (f * f) + f + 1.0f;
   const Int<W> exponent = ((Int<W>)shifted) << 23;  // the integer sits in the low bits of the shifted number
   const Float<W> power = (Float<W>)((Int<W>)p + exponent);
-  return x < low ? Float<W>{} : power;
+  // Adding to the exponent would make a number of some NaNs.
+  return x < low ? Float<W>{} : (x == x ? power : x);
 }
 
 // Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
@@ -140,7 +141,7 @@ LATRO_INLINE Float<W> tanh(Float<W> x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const Float<W> near = p * z * x + x;
-  const Float<W> far = 1.0f - 2.0f / (exp<W>((a < 20.0f ? a : Float<W>{} + 20.0f) * 2.0f) + 1.0f);
+  const Float<W> far = 1.0f - 2.0f / (exp<W>((a > 20.0f ? Float<W>{} + 20.0f : a) * 2.0f) + 1.0f);
   return a < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
@@ -27,6 +28,12 @@ def first_order(tensor: Tensor | None) -> Any:
     if tensor is None or not (tensor.requires_grad and torch.is_grad_enabled()):
         return tensor
     return _FirstOrder.apply(tensor)
+
+
+def refuse_forward_mode(operator: str) -> None:
+    """An operator registered without a forward-mode derivative would pass for a constant."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise RuntimeError(f"{operator}: impl='native' has no forward-mode derivative; use impl='reference'")
 
 
 def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 
-# What a kernel takes, where that is not every floating dtype.
+# The dtypes that a kernel takes, where it does not take every floating one.
 DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("tree_attention", "native"): (torch.float32, torch.bfloat16),
 }

@@ -54,6 +54,16 @@ def record(sources):
 
 
 @NEEDS_SETUPTOOLS
+@NEEDS_COMPILER
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit here")
+def test_cuda_sources_compile_and_link_without_a_warning(sources):
+    result = build(sources, LATRO_CUDA="1")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "warning" not in result.stdout
+    assert record(sources)["cuda"]
+
+
+@NEEDS_SETUPTOOLS
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

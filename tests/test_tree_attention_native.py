@@ -29,6 +29,7 @@ VARIANTS = {
     "softcap": {"softcap": 2.0},
     "window": {"window": 37},
     "sinks": {"sinks": True},
+    "gradients of one sign": {"same_sign": True},
     "everything": {"scale": 0.3, "softcap": 4.0, "window": 150, "sinks": True},
 }
 
@@ -42,11 +43,14 @@ def inputs(seed, E, heads=(4, 2), longest=90, dtype=torch.float32, sinks=False):
     return tree, operands, torch.randn(H, generator=generator) if sinks else None
 
 
-def results(seed, E, impl, compute_dtype, of, dtype, variant, **shape):
+def results(seed, E, impl, compute_dtype, of, dtype, variant):
     """One of out, grad_q, grad_k, grad_v, grad_sinks."""
     options = dict(VARIANTS[variant])
-    tree, operands, sinks = inputs(seed, E, dtype=dtype, sinks=options.pop("sinks", False), **shape)
+    same_sign = options.pop("same_sign", False)
+    tree, operands, sinks = inputs(seed, E, dtype=dtype, sinks=options.pop("sinks", False))
     *leaves, direction = (x.to(compute_dtype) for x in operands)
+    if same_sign:
+        direction = torch.ones_like(direction)
     for leaf in leaves:
         leaf.requires_grad_()
     if sinks is not None:
@@ -129,13 +133,16 @@ def test_the_same_bits_every_time_whatever_the_threads(instruction_set):
         assert all(torch.equal(a, b) for a, b in zip(run(threads), first, strict=True))
 
 
-def test_nan_goes_through(instruction_set):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7FC00001, -0x400000], ids=hex)
+def test_nan_goes_through(bits, softcap, instruction_set):
+    """Of whatever bits: the canonical ones of CPU and GPU, a payload, a sign."""
     tree, (q, k, v, _), _ = inputs(0, 16)
-    k[0, 0, 0] = torch.nan
-    assert tree_attention(q, k, v, tree, impl="native")[0, 0].isnan().all()
+    k[0, 0, 0] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert tree_attention(q, k, v, tree, softcap=softcap, impl="native")[0, 0].isnan().all()
 
 
-def test_no_gradient_work_without_gradients(instruction_set):
+def test_no_graph_without_gradients(instruction_set):
     tree, (q, k, v, _), _ = inputs(0, 16)
     assert not tree_attention(q, k, v, tree, impl="native").requires_grad
 
@@ -155,6 +162,36 @@ def test_an_unknown_instruction_set_is_refused(wish, monkeypatch):
     tree, (q, k, v, _), _ = inputs(0, 16)
     with pytest.raises(RuntimeError, match=f"LATRO_CPU must be avx512, avx2 or portable, got {wish}"):
         tree_attention(q, k, v, tree, impl="native")
+
+
+def test_forward_mode_is_refused():
+    tree, (q, k, v, direction), _ = inputs(0, 16)
+    with pytest.raises(RuntimeError, match="tree_attention: impl='native' has no forward-mode derivative; use impl="):
+        torch.func.jvp(lambda x: tree_attention(x, k, v, tree, impl="native"), (q,), (direction,))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "positions", "message"),
+    [
+        ([[0, 2], [2, 4]], [0, 1, 3, 4], "positions must be the depths of a tree, got 3 at row 2"),
+        ([[0, 2], [2, 4]], [0, 1, -1, 0], "positions must be the depths of a tree, got -1 at row 2"),
+        ([[0, 2], [3, 4]], [0, 1, 2, 3], r"tiles must cover the rows in order, got \[3, 4\) after row 2"),
+        ([[0, 2]], [0, 1, 2, 3], "tiles must cover all 4 rows, got 2"),
+        ([[0, 9]], [0, 1, 2, 3], r"tiles must cover the rows in order, got \[0, 9\) after row 0"),
+    ],
+)
+def test_the_operator_refuses_what_is_no_tree(tiles, positions, message):
+    q = torch.zeros(2, 4, 8)
+    arguments = (q, q, q, torch.tensor(tiles, dtype=torch.int32), torch.tensor(positions), None, 1.0, None, None)
+    with pytest.raises(RuntimeError, match=f"tree_attention: {message}"):
+        torch.ops.latro_kernels.tree_attention(*arguments)
+
+
+def test_the_operator_refuses_an_empty_row():
+    q = torch.zeros(2, 0, 8)
+    arguments = (torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), None, 1.0, None, None)
+    with pytest.raises(RuntimeError, match="tree_attention: q must have at least one token"):
+        torch.ops.latro_kernels.tree_attention(q, q, q, *arguments)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -35,7 +35,7 @@ const InstructionSet& best_instruction_set() {
 const InstructionSet& instruction_set() {
   static const InstructionSet& best = best_instruction_set();
   const char* wish = std::getenv("LATRO_CPU");
-  if (!wish || best.name == std::string(wish)) {
+  if (!wish || !*wish || best.name == std::string(wish)) {
     return best;
   }
   for (const InstructionSet* set : {portable(), avx2(), avx512()}) {
@@ -125,6 +125,8 @@ struct Call {
 
   void read_tiles(int64_t count) {
     int64_t row = 0;
+    int64_t path = 0;  // tokens of the path that ends at `row`
+    require(problem.T > 0, OP, ": q must have at least one token");
     for (int64_t n = 0; n < count; ++n) {
       const int64_t begin = problem.tiles[2 * n];
       const int64_t end = problem.tiles[2 * n + 1];
@@ -134,12 +136,13 @@ struct Call {
       row = end;
       const int64_t depth = problem.positions[begin];
       require(
-          depth >= 0 && depth <= begin, OP, ": positions must be the depths of a tree, got ", depth, " at row ", begin);
+          depth >= 0 && depth <= path, OP, ": positions must be the depths of a tree, got ", depth, " at row ", begin);
+      path = depth + end - begin;
       if (depth == 0) {
         first_tile_of_prompt.push_back(n);
       }
       problem.tile = std::max(problem.tile, static_cast<int>(end - begin));
-      problem.longest_path = std::max(problem.longest_path, static_cast<int>(depth + end - begin));
+      problem.longest_path = std::max(problem.longest_path, static_cast<int>(path));
     }
     require(
         row == problem.T && problem.positions[0] == 0, OP, ": tiles must cover all ", problem.T, " rows, got ", row);
@@ -156,6 +159,7 @@ struct Call {
     torch::stable::parallel_for(0, problem.Hkv * prompts, 1, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<float, decltype(&std::free)> scratch(
           static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)), &std::free);
+      require(scratch != nullptr, OP, ": cannot allocate ", floats * sizeof(float), " bytes of scratch");
       for (int64_t task = begin; task < end; ++task) {
         const int64_t prompt = task % prompts;
         kernel(problem, task / prompts, first_tile_of_prompt[prompt], first_tile_of_prompt[prompt + 1], scratch.get());
@@ -205,6 +209,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Call call(q, k, v, tiles, positions, sinks, scale, softcap, window);
   Problem& problem = call.problem;
   const int64_t H = problem.H;
+  require(
+      out.dim() == 3 && out.size(0) == problem.T && out.size(1) == H && out.size(2) == problem.E &&
+          out.stride(2) == 1 && out.scalar_type() == call.dtype,
+      OP, ": out must be the forward's, [", problem.T, ", ", H, ", ", problem.E, "]");
+  require(
+      stats.numel() == 2 * H * problem.T && stats.is_contiguous() && stats.scalar_type() == ScalarType::Float, OP,
+      ": stats must be the forward's, [2, ", H, ", ", problem.T, "]");
   problem.out = result(out);
   point_at_stats(problem, stats);
   problem.grad_out = operand(call.keep(rows_of("grad_out", grad_out, problem.T, problem.E, call.dtype)));

@@ -23,6 +23,7 @@ constexpr int ROWS = 6;
 // A product is summed in runs of this many, and then the runs. In one run it would err as eager's product does, and the
 // gradients, whose probabilities are computed a second time here, 10 to 20 % more than eager's.
 constexpr int SHORT_SUM = 32;
+constexpr int SHORT_ROW_SUM = 64;
 
 LATRO_INLINE int round_up(int x, int to) {
   return (x + to - 1) / to * to;
@@ -38,7 +39,7 @@ LATRO_INLINE int larger(int a, int b) {
 
 // C[r][block * W + lane] = sum_e A[r][e] * B[block][e][lane], for M rows and N blocks of W columns.
 template <int W, int M, int N>
-static void multiply_block(const float* a, int lda, const float* b, int E, float* c, int ldc) {
+void multiply_block(const float* a, int lda, const float* b, int E, float* c, int ldc) {
   for (int first = 0; first < E; first += SHORT_SUM) {
     Float<W> sum[M][N] = {};
     for (int e = first; e < smaller(E, first + SHORT_SUM); ++e) {
@@ -62,7 +63,7 @@ static void multiply_block(const float* a, int lda, const float* b, int E, float
 
 // C[r][0..N*W] = scale[r] * C[r] + sum_k A(r, k) * B[k][0..N*W], with A(r, k) = a[r * row + k * column].
 template <int W, int M, int N>
-static void accumulate_block(
+void accumulate_block(
     const float* a, int row, int column, const float* b, int ldb, int K, float* c, int ldc, const float* scale) {
   // From zero: a long sum errs less when it is put together from short ones.
   Float<W> sum[M][N] = {};
@@ -137,7 +138,7 @@ LATRO_INLINE void accumulate_rows(
 
 // Up to ROWS rows of A against `blocks` blocks of W packed columns.
 template <int W, int N_BLOCKS>
-static void multiply(int rows, int blocks, const float* a, int lda, const float* b, int E, float* c, int ldc) {
+void multiply(int rows, int blocks, const float* a, int lda, const float* b, int E, float* c, int ldc) {
   int n = 0;
   for (; n + N_BLOCKS <= blocks; n += N_BLOCKS) {
     multiply_rows<W, N_BLOCKS>(rows, a, lda, b + static_cast<int64_t>(n) * E * W, E, c + n * W, ldc);
@@ -149,7 +150,7 @@ static void multiply(int rows, int blocks, const float* a, int lda, const float*
 
 // Up to ROWS rows of C, each `width` floats, a multiple of W.
 template <int W, int N_BLOCKS>
-static void accumulate(
+void accumulate(
     int rows,
     const float* a,
     int row,
@@ -326,17 +327,6 @@ struct Worker {
       pack_column<W>(row_of(in.k, head, begin + i), E, depth + i, keys);
       copy_row<W>(row_of(in.v, head, begin + i), E, values + static_cast<int64_t>(depth + i) * padded, padded);
     }
-    clear_tail(keys, E, depth + n);
-  }
-
-  // Lanes behind the last key of a packed block would otherwise hold whatever was there: a NaN survives a product.
-  void clear_tail(float* packed, int size, int used) {
-    for (int slot = used; slot % W; ++slot) {
-      float* lane = packed + static_cast<int64_t>(slot / W) * size * W + slot % W;
-      for (int e = 0; e < size; ++e) {
-        lane[static_cast<int64_t>(e) * W] = 0;
-      }
-    }
   }
 
   void load_queries(const Operand& operand, int begin, int n, float* to) {
@@ -441,8 +431,6 @@ struct Worker {
 
   void backward(int64_t first_tile, int64_t last_tile) {
     backward_scratch();
-    std::memset(grad_k, 0, sizeof(float) * slots() * padded);
-    std::memset(grad_v, 0, sizeof(float) * slots() * padded);
     filled = 0;
     for (int64_t n = first_tile; n < last_tile; ++n) {
       const int begin = in.tiles[2 * n];
@@ -454,12 +442,10 @@ struct Worker {
   // Slots from `from` on will not be seen again: another branch begins there.
   void write_key_grads(int from) {
     for (int slot = from; slot < filled; ++slot) {
-      float* of_key = grad_k + static_cast<int64_t>(slot) * padded;
-      float* of_value = grad_v + static_cast<int64_t>(slot) * padded;
+      const float* of_key = grad_k + static_cast<int64_t>(slot) * padded;
+      const float* of_value = grad_v + static_cast<int64_t>(slot) * padded;
       write_row<W>(of_key, E, in.scale, row_of(in.grad_k, head, owner[slot]));
       write_row<W>(of_value, E, 1, row_of(in.grad_v, head, owner[slot]));
-      std::memset(of_key, 0, sizeof(float) * padded);
-      std::memset(of_value, 0, sizeof(float) * padded);
     }
     filled = smaller(filled, from);
   }
@@ -474,8 +460,8 @@ struct Worker {
       owner[depth + i] = begin + i;
     }
     filled = depth + n;
-    clear_tail(keys, E, filled);
-    clear_tail(value_columns, E, filled);
+    std::memset(grad_k + static_cast<int64_t>(depth) * padded, 0, sizeof(float) * n * padded);
+    std::memset(grad_v + static_cast<int64_t>(depth) * padded, 0, sizeof(float) * n * padded);
     load_queries(in.q, begin, n, queries);
     load_queries(in.grad_out, begin, n, grad_out);
     const int all = n * G;
@@ -580,22 +566,26 @@ struct Worker {
     if (from >= to) {
       return;
     }
-    const int64_t scores_at = static_cast<int64_t>(from) * BACKWARD_CHUNK + j;
-    const int64_t rows_at = static_cast<int64_t>(from) * padded;
-    const int64_t slot_at = static_cast<int64_t>(slot) * padded;
-    accumulate<W, N_BLOCKS>(
-        count, probabilities + scores_at, 1, BACKWARD_CHUNK, grad_out + rows_at, padded, to - from, grad_v + slot_at,
-        padded, padded, nullptr);
-    accumulate<W, N_BLOCKS>(
-        count, score_grads + scores_at, 1, BACKWARD_CHUNK, queries + rows_at, padded, to - from, grad_k + slot_at,
-        padded, padded, nullptr);
+    // In short runs again: over the rows of a tile, gradients that agree in sign would err more than eager's.
+    for (int row = from; row < to; row += SHORT_ROW_SUM) {
+      const int rows = smaller(SHORT_ROW_SUM, to - row);
+      const int64_t scores_at = static_cast<int64_t>(row) * BACKWARD_CHUNK + j;
+      const int64_t rows_at = static_cast<int64_t>(row) * padded;
+      const int64_t slot_at = static_cast<int64_t>(slot) * padded;
+      accumulate<W, N_BLOCKS>(
+          count, probabilities + scores_at, 1, BACKWARD_CHUNK, grad_out + rows_at, padded, rows, grad_v + slot_at,
+          padded, padded, nullptr);
+      accumulate<W, N_BLOCKS>(
+          count, score_grads + scores_at, 1, BACKWARD_CHUNK, queries + rows_at, padded, rows, grad_k + slot_at, padded,
+          padded, nullptr);
+    }
   }
 
   int64_t scratch_size(bool is_backward) const {
     const int64_t of_slots = static_cast<int64_t>(slots()) * (is_backward ? 2 * E + 3 * padded + 1 : E + padded);
     const int64_t of_rows =
         static_cast<int64_t>(rows()) * (is_backward ? 3 * padded + 2 * BACKWARD_CHUNK + 3 : 2 * padded + 2);
-    return of_slots + of_rows + ROWS * CHUNK + 16 * 16;  // each piece is rounded up to 16 floats
+    return of_slots + of_rows + (is_backward ? 0 : ROWS * CHUNK) + 16 * 16;  // each piece is rounded up to 16 floats
   }
 };
 

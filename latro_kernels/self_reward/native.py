@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import _native
+from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels.self_reward.objective import SelfReward, SelfRewardTerms
 from latro_kernels.tree import ScoredTokens
 
@@ -23,6 +24,7 @@ def self_reward(
     advantage: Tensor | None,
     denominator: float,
 ) -> SelfRewardTerms:
+    refuse_forward_mode("self_reward")
     loss, reward, used, kl, rationale_logp, answer_logp, coefficients = torch.ops.latro_kernels.self_reward(
         logps,
         scored.segment,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import _native
+from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels.tree import PrefixTree
 
 OPERATOR = "latro_kernels::tree_attention"
@@ -23,6 +24,7 @@ def tree_attention(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
+    refuse_forward_mode("tree_attention")
     sinks = None if sinks is None else sinks.float()
     out, _ = torch.ops.latro_kernels.tree_attention(
         q, k, v, tree.tiles.query, tree.positions, sinks, scale, softcap, window
