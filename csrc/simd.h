@@ -14,12 +14,15 @@ template <int W>
 struct Vector {
   typedef float F __attribute__((vector_size(W * sizeof(float))));
   typedef int32_t I __attribute__((vector_size(W * sizeof(int32_t))));
+  typedef uint32_t U __attribute__((vector_size(W * sizeof(uint32_t))));  // for bits: a NaN's may overflow an int
   typedef uint16_t H __attribute__((vector_size(W * sizeof(uint16_t))));
 };
 template <int W>
 using Float = typename Vector<W>::F;
 template <int W>
 using Int = typename Vector<W>::I;
+template <int W>
+using Bits = typename Vector<W>::U;
 
 struct Bfloat16 {
   uint16_t bits;
@@ -41,15 +44,15 @@ template <int W>
 LATRO_INLINE Float<W> load(const Bfloat16* p) {
   typename Vector<W>::H half;
   std::memcpy(&half, p, sizeof(half));
-  return (Float<W>)(__builtin_convertvector(half, Int<W>) << 16);
+  return (Float<W>)(__builtin_convertvector(half, Bits<W>) << 16);
 }
 
 // Rounds to nearest even; a NaN stays one.
 template <int W>
 LATRO_INLINE void store(Bfloat16* p, Float<W> v) {
-  const Int<W> bits = (Int<W>)v;
-  const Int<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Int<W> kept = v == v ? rounded : (bits >> 16) | 0x40;
+  const Bits<W> bits = (Bits<W>)v;
+  const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits<W> kept = v == v ? rounded : (bits >> 16) | 0x40;
   const typename Vector<W>::H half = __builtin_convertvector(kept, typename Vector<W>::H);
   std::memcpy(p, &half, sizeof(half));
 }
@@ -124,8 +127,8 @@ LATRO_INLINE Float<W> exp(Float<W> x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  const Int<W> exponent = ((Int<W>)shifted) << 23;  // the integer sits in the low bits of the shifted number
-  const Float<W> power = (Float<W>)((Int<W>)p + exponent);
+  const Bits<W> exponent = ((Bits<W>)shifted) << 23;  // the integer sits in the low bits of the shifted number
+  const Float<W> power = (Float<W>)((Bits<W>)p + exponent);
   // Adding to the exponent would make a number of some NaNs.
   return x < low ? Float<W>{} : (x == x ? power : x);
 }
