@@ -322,6 +322,9 @@ BAD = {
         reward(objective=len), TypeError,
         "self_reward: objective must be a SelfReward, got <built-in function len>; "
         "fused_self_reward_loss takes any objective"),
+    "a subclass in self_reward": (
+        reward(objective=type("Mine", (SelfReward,), {})(beta=0.5)), TypeError,
+        "self_reward: objective must be a SelfReward, got Mine(beta=0.5"),
     "ref_logps elsewhere": (
         reward(ref_logps=meta(M)), ValueError, "self_reward: ref_logps must be on cpu with logps, got meta"),
     "logps shape": (reward(logps=(M + 1,)), ValueError, f"self_reward: logps must have shape [{M}], got [{M + 1}]"),

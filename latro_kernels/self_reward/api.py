@@ -122,7 +122,7 @@ def self_reward(
     """The self-reward objective alone: log-probs [M] to loss, reward, advantage, KL, and ∂loss/∂logps [M]."""
     operator = "self_reward"
     objective = SelfReward() if objective is None else objective
-    if not isinstance(objective, SelfReward):
+    if type(objective) is not SelfReward:  # a subclass may compute something else, which this would ignore
         raise TypeError(
             f"{operator}: objective must be a SelfReward, got {objective!r:.80}; "
             "fused_self_reward_loss takes any objective"
