@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(latro_kernels, m) {
+  // The instruction sets that the CPU kernels can use here, the best first, between commas.
+  m.def("instruction_sets() -> str");
+
   // Attention over a tree: q [H, T, E], k and v [Hkv, T, E], tiles [tiles, 2] int32 and positions [T] of the
   // PrefixTree. out is [T, H, E]; stats [2, H, T] are the maximum of each row's scores and its sum of e^(score -
   // maximum). Gradients are stored as out is; grad_sinks is empty without sinks.

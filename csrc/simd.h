@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+// How LATRO_PAIRS, which the including file defines, multiplies pairs of bfloat16: not at all (they are widened to
+// float32 first), by AVX-512's instruction, or in portable C++ as that does.
+#define LATRO_PAIRS_NONE 0
+#define LATRO_PAIRS_AVX512 1
+#define LATRO_PAIRS_EMULATED 2
+
 #define LATRO_INLINE static inline __attribute__((always_inline))
 
 namespace latro {
@@ -77,6 +83,23 @@ LATRO_INLINE void from_float(Bfloat16* p, float x) {
   std::memcpy(&bits, &x, sizeof(bits));
   p->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
 }
+
+constexpr bool HAS_PAIRS = LATRO_PAIRS != LATRO_PAIRS_NONE;
+
+#if LATRO_PAIRS == LATRO_PAIRS_AVX512
+// sum + a.low * b.low + a.high * b.high, for pairs of bfloat16 in 32 bits.
+template <int W>
+LATRO_INLINE Float<W> add_dot(Float<W> sum, Bits<W> a, Bits<W> b) {
+  static_assert(W == 16);
+  return (Float<W>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+template <int W>
+LATRO_INLINE Float<W> add_dot(Float<W> sum, Bits<W> a, Bits<W> b) {
+  const Float<W> high = (Float<W>)(a & 0xffff0000u) * (Float<W>)(b & 0xffff0000u) + sum;
+  return (Float<W>)(a << 16) * (Float<W>)(b << 16) + high;
+}
+#endif
 
 template <int W>
 LATRO_INLINE Int<W> iota() {

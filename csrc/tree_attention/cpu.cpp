@@ -10,44 +10,12 @@
 #include <vector>
 
 #include "../check.h"
-#include "problem.h"
+#include "../cpu/instruction_set.h"
 
 namespace latro::tree_attention {
 namespace {
 
 constexpr const char* OP = "tree_attention";
-
-const InstructionSet& best_instruction_set() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (avx512() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return *avx512();
-  }
-  if (avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return *avx2();
-  }
-#endif
-  return *portable();
-}
-
-// LATRO_CPU names one to use instead, for tests: a lower one runs wherever a higher one does.
-const InstructionSet& instruction_set() {
-  static const InstructionSet& best = best_instruction_set();
-  const char* wish = std::getenv("LATRO_CPU");
-  if (!wish || !*wish || best.name == std::string(wish)) {
-    return best;
-  }
-  for (const InstructionSet* set : {portable(), avx2(), avx512()}) {
-    if (set && set->name == std::string(wish)) {
-      const bool runs = set == portable() || best.name == std::string("avx512");
-      require(runs, OP, ": LATRO_CPU=", wish, " cannot run here; the best is ", best.name);
-      return *set;
-    }
-  }
-  require(false, OP, ": LATRO_CPU must be avx512, avx2 or portable, got ", wish);
-  return best;
-}
 
 // [heads, T, E] with E contiguous.
 Tensor rows_of(const char* name, const Tensor& tensor, int64_t T, int64_t E, ScalarType dtype) {
@@ -151,8 +119,8 @@ struct Call {
 
   // Tasks are pairs of a key head and a prompt: no two write the same place, and sums have a fixed order.
   void run(bool is_backward) const {
-    const InstructionSet& set = instruction_set();
-    const KernelTable& kernels = dtype == ScalarType::Float ? set.float32 : set.bfloat16;
+    const InstructionSet& set = instruction_set(OP);
+    const Kernels& kernels = dtype == ScalarType::Float ? set.attention_float32 : set.attention_bfloat16;
     const auto kernel = is_backward ? kernels.backward : kernels.forward;
     const int64_t prompts = static_cast<int64_t>(first_tile_of_prompt.size()) - 1;
     const int64_t floats = kernels.scratch_size(problem, is_backward);

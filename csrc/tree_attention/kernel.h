@@ -436,19 +436,18 @@ struct Worker {
 };
 
 template <int W, class T>
-struct Kernels {
-  static int64_t scratch_size(const Problem& problem, bool is_backward) {
-    return Worker<W, T>(problem, 0, nullptr).scratch_size(is_backward);
-  }
-
-  static void forward(const Problem& problem, int64_t head, int64_t first_tile, int64_t last_tile, float* scratch) {
-    Worker<W, T>(problem, head, scratch).forward(first_tile, last_tile);
-  }
-
-  static void backward(const Problem& problem, int64_t head, int64_t first_tile, int64_t last_tile, float* scratch) {
-    Worker<W, T>(problem, head, scratch).backward(first_tile, last_tile);
-  }
-};
+Kernels kernels() {
+  return {
+      [](const Problem& problem, bool is_backward) {
+        return Worker<W, T>(problem, 0, nullptr).scratch_size(is_backward);
+      },
+      [](const Problem& problem, int64_t head, int64_t first_tile, int64_t last_tile, float* scratch) {
+        Worker<W, T>(problem, head, scratch).forward(first_tile, last_tile);
+      },
+      [](const Problem& problem, int64_t head, int64_t first_tile, int64_t last_tile, float* scratch) {
+        Worker<W, T>(problem, head, scratch).backward(first_tile, last_tile);
+      }};
+}
 
 }  // namespace
 }  // namespace latro::tree_attention

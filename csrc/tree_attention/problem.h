@@ -40,21 +40,10 @@ struct Problem {
 };
 
 // The kernels of one instruction set and dtype. A task is a range of tiles (whole prompts) and a key head.
-struct KernelTable {
+struct Kernels {
   int64_t (*scratch_size)(const Problem&, bool is_backward);  // floats
   void (*forward)(const Problem&, int64_t head, int64_t first_tile, int64_t last_tile, float* scratch);
   void (*backward)(const Problem&, int64_t head, int64_t first_tile, int64_t last_tile, float* scratch);
 };
-
-struct InstructionSet {
-  const char* name;
-  KernelTable float32;
-  KernelTable bfloat16;
-};
-
-// Null where the compiler does not target it.
-const InstructionSet* avx512();
-const InstructionSet* avx2();
-const InstructionSet* portable();
 
 }  // namespace latro::tree_attention

@@ -1,9 +1,9 @@
-// Tree attention compiled for AVX-512.
+// Every CPU kernel compiled for AVX-512.
 #if defined(__x86_64__)
 #include <cstdint>
 #include <cstring>
 
-#include "problem.h"
+#include "instruction_set.h"
 
 // Everything below is compiled for the instruction set, and nothing that other files share: no standard templates.
 #if defined(__clang__)
@@ -13,19 +13,21 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 
-#include "kernel.h"
+#define LATRO_PAIRS LATRO_PAIRS_NONE
+#include "kernels.h"
 
-namespace latro::tree_attention {
+namespace latro {
 
 const InstructionSet* avx512() {
-  static const InstructionSet set = {
-      "avx512",
-      {Kernels<16, float>::scratch_size, Kernels<16, float>::forward, Kernels<16, float>::backward},
-      {Kernels<16, Bfloat16>::scratch_size, Kernels<16, Bfloat16>::forward, Kernels<16, Bfloat16>::backward}};
+  static const InstructionSet set = kernels<16>("avx512", [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  });
   return &set;
 }
 
-}  // namespace latro::tree_attention
+}  // namespace latro
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -33,9 +35,9 @@ const InstructionSet* avx512() {
 
 #else
 
-#include "problem.h"
+#include "instruction_set.h"
 
-const latro::tree_attention::InstructionSet* latro::tree_attention::avx512() {
+const latro::InstructionSet* latro::avx512() {
   return nullptr;
 }
 
