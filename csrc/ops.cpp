@@ -20,6 +20,22 @@ STABLE_TORCH_LIBRARY(latro_kernels, m) {
       "Tensor tiles, Tensor positions, Tensor? sinks, float scale, float? softcap, int? window) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
 
+  // Log-probs of targets under a linear head, and the entropy of each. numbers are temperature, softcap (0: none) and
+  // logit_scale, in float64: as a tensor, because torch.compile would start again for each new value. state [3, M],
+  // exponentials [entries kept, M padded] and unit_grad [M padded, D padded] are for the backward pass: exponentials
+  // take at most `budget` bytes, and those that are not kept are made again; unit_grad replaces them where weight and
+  // bias need no gradient.
+  m.def(
+      "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, Tensor numbers, "
+      "Tensor? temperatures, int budget, bool unit_grad) "
+      "-> (Tensor logps, Tensor entropy, Tensor state, Tensor exponentials, Tensor unit_grad)");
+  // Adds to hidden_grad and to bias_grad, which is float32; writes weight_grad, or adds to it when it is float32.
+  m.def(
+      "linear_logprobs_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, "
+      "Tensor numbers, Tensor? temperatures, Tensor logps, Tensor state, Tensor exponentials, Tensor unit_grad, "
+      "Tensor(a!)? hidden_grad, Tensor(b!)? weight_grad, Tensor(c!)? bias_grad, "
+      "bool accumulate) -> ()");
+
   // Reward, leave-one-out advantage, KL and loss of R rationales from M token log-probs, and d loss / d logps
   // with reward and advantage held constant. The loss is the sum over rationales; the caller divides it, and the
   // coefficients with it. loss is a scalar, reward to answer_logp are [R], coefficients is [M].

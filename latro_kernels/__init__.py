@@ -1,6 +1,7 @@
 """Kernels for training language models on the likelihood of the right answer."""
 
 from latro_kernels.linear_logprobs.api import linear_logprobs
+from latro_kernels.memory import get_memory_budget, set_memory_budget
 from latro_kernels.self_reward.api import SelfRewardLoss, fused_self_reward_loss, self_reward
 from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
 from latro_kernels.tree import ANSWER, BASELINE, RATIONALE, PrefixTree, ScoredTokens, pack_rationales
@@ -19,8 +20,10 @@ __all__ = [
     "SelfRewardLoss",
     "SelfRewardTerms",
     "fused_self_reward_loss",
+    "get_memory_budget",
     "linear_logprobs",
     "pack_rationales",
     "self_reward",
+    "set_memory_budget",
     "tree_attention",
 ]

@@ -16,13 +16,17 @@ DEVICES = ("cpu", "cuda")
 # Device types that a backend has kernels for. The reference is eager PyTorch, for every operator on every device.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("tree_attention", "native"): ("cpu",),
+    ("linear_logprobs", "native"): ("cpu",),
     ("self_reward", "native"): ("cpu", "cuda"),
+    ("fused_self_reward_loss", "native"): ("cpu",),
 }
 
 
 # The dtypes that a kernel takes, where it does not take every floating one.
 DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("tree_attention", "native"): (torch.float32, torch.bfloat16),
+    ("linear_logprobs", "native"): (torch.float32, torch.bfloat16),
+    ("fused_self_reward_loss", "native"): (torch.float32, torch.bfloat16),
 }
 
 

@@ -43,10 +43,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 def test_a_kernel_that_is_not_written_is_refused():
     message = (
-        "linear_logprobs: impl='native' cannot run on cpu: linear_logprobs has no native kernel for cpu; use impl="
+        "linear_logprobs: impl='native' cannot run on cuda: linear_logprobs has no native kernel for cuda; use impl="
     )
     with pytest.raises(RuntimeError, match=message):
-        impl.choose("linear_logprobs", "native", CPU)
+        impl.choose("linear_logprobs", "native", torch.device("cuda"))
 
 
 def test_a_kernel_that_is_not_ready_is_refused_with_reason_and_mend(native_missing):
@@ -65,7 +65,7 @@ def test_auto_says_once_that_a_kernel_is_missing(native_missing):
 def test_auto_is_silent_where_nothing_is_missing(native_missing):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert impl.choose("linear_logprobs", "auto", CPU) == "reference"  # has no kernel to miss
+        assert impl.choose("linear_logprobs", "auto", CPU, torch.float64) == "reference"  # has no kernel to miss
         assert impl.choose("self_reward", "auto", torch.device("meta")) == "reference"
         assert impl.choose("self_reward", "reference", CPU) == "reference"
 
@@ -86,9 +86,10 @@ def test_ready_native_kernels_are_registered(operator, backend):
     ready = [device for device in impl.KERNELS[operator, backend] if impl.status(operator, backend, device).ready]
     if not ready:
         pytest.skip(f"{backend}: {impl.status(operator, backend, 'cpu').reason}")
-    for device in ready:
+    parts = ["linear_logprobs", "self_reward"] if operator == "fused_self_reward_loss" else [operator]
+    for device, part in itertools.product(ready, parts):
         if backend == "native":
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"latro_kernels::{operator}", device.upper())
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"latro_kernels::{part}", device.upper())
 
 
 def test_the_extension_explains_itself():

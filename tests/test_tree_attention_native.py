@@ -13,15 +13,6 @@ NATIVE = status("tree_attention", "native", "cpu")
 pytestmark = pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")
 
 
-INSTRUCTION_SETS = torch.ops.latro_kernels.instruction_sets().split(",") if NATIVE.ready else []
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv("LATRO_CPU", request.param)
-    return request.param
-
-
 VARIANTS = {
     "plain": {},
     "softcap": {"softcap": 2.0},

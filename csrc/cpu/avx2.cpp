@@ -18,7 +18,7 @@
 namespace latro {
 
 const InstructionSet* avx2() {
-  static const InstructionSet set = kernels<8>("avx2", [] {
+  static constexpr InstructionSet set = kernels<8>("avx2", [] {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   });

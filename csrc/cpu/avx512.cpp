@@ -19,7 +19,7 @@
 namespace latro {
 
 const InstructionSet* avx512() {
-  static const InstructionSet set = kernels<16>("avx512", [] {
+  static constexpr InstructionSet set = kernels<16>("avx512", [] {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");

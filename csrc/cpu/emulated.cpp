@@ -10,7 +10,7 @@
 namespace latro {
 
 const InstructionSet* emulated() {
-  static const InstructionSet set = kernels<16>("emulated", [] { return true; });
+  static constexpr InstructionSet set = kernels<16>("emulated", [] { return true; });
   return &set;
 }
 

@@ -1,6 +1,7 @@
 // The instruction sets that the CPU kernels are compiled for, and the one to use.
 #pragma once
 
+#include "../linear_logprobs/problem.h"
 #include "../tree_attention/problem.h"
 
 namespace latro {
@@ -10,6 +11,8 @@ struct InstructionSet {
   bool (*runs_here)();
   tree_attention::Kernels attention_float32;
   tree_attention::Kernels attention_bfloat16;
+  linear_logprobs::Kernels logprobs_float32;
+  linear_logprobs::Kernels logprobs_bfloat16;
 };
 
 // Null where the compiler does not target it.

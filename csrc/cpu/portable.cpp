@@ -10,7 +10,7 @@
 namespace latro {
 
 const InstructionSet* portable() {
-  static const InstructionSet set = kernels<4>("portable", [] { return true; });
+  static constexpr InstructionSet set = kernels<4>("portable", [] { return true; });
   return &set;
 }
 

@@ -436,7 +436,7 @@ struct Worker {
 };
 
 template <int W, class T>
-Kernels kernels() {
+constexpr Kernels kernels() {
   return {
       [](const Problem& problem, bool is_backward) {
         return Worker<W, T>(problem, 0, nullptr).scratch_size(is_backward);

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from latro_kernels import checks
 from latro_kernels._autograd import accumulator, autocast_operands, first_order
 from latro_kernels.impl import choose
-from latro_kernels.linear_logprobs import reference
+from latro_kernels.linear_logprobs import native, reference
 
-BACKENDS = {"reference": reference.linear_logprobs}
+BACKENDS = {"native": native.linear_logprobs, "reference": reference.linear_logprobs}
 
 
 def linear_logprobs(
@@ -31,18 +33,34 @@ def linear_logprobs(
 
     The result is float32, or float64 for float64 inputs. Differentiable in hidden, weight and bias.
     """
-    checks.check_tensors("linear_logprobs", hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
+    operator = "linear_logprobs"
+    operands = head_operands(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
+    return BACKENDS[choose(operator, impl, operands[0].device, operands[0].dtype)](*operands)
+
+
+def head_operands(
+    operator: str,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Any, ...]:
+    """The arguments of a backend: checked, cast under autocast, and not differentiable twice."""
+    checks.check_tensors(operator, hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     hidden, weight, bias = autocast_operands(hidden, weight, bias)
-    _check(hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
+    _check(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(accumulator(hidden.dtype))
-    backend = BACKENDS[choose("linear_logprobs", impl, hidden.device)]
-    return backend(
-        first_order(hidden), first_order(weight), rows, targets, first_order(bias), temperature, softcap, logit_scale
-    )
+    hidden, weight, bias = map(first_order, (hidden, weight, bias))
+    return hidden, weight, rows, targets, bias, temperature, softcap, logit_scale
 
 
 def _check(
+    operator: str,
     hidden: Tensor,
     weight: Tensor,
     rows: Tensor,
@@ -52,7 +70,6 @@ def _check(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    operator = "linear_logprobs"
     checks.check_shape(operator, "hidden", hidden, ("T", "D"))
     checks.check_shape(operator, "weight", weight, ("V", hidden.shape[1]))
     checks.check_shape(operator, "rows", rows, ("M",))

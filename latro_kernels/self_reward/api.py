@@ -18,8 +18,10 @@ from torch import Tensor
 from latro_kernels import checks
 from latro_kernels._autograd import first_order
 from latro_kernels.impl import choose
-from latro_kernels.linear_logprobs.api import linear_logprobs
-from latro_kernels.self_reward import native
+from latro_kernels.linear_logprobs.api import BACKENDS as HEADS
+from latro_kernels.linear_logprobs.api import head_operands
+from latro_kernels.linear_logprobs.native import head_of
+from latro_kernels.self_reward import grouped, native
 from latro_kernels.self_reward import objective as definition
 from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
 from latro_kernels.tree import RATIONALE, ScoredTokens
@@ -86,27 +88,42 @@ def fused_self_reward_loss(
         self_reward_objective.check(scored, ref_logps, advantage)
         if extras:
             raise ValueError(f"{operator}: SelfReward reads no extras, got {sorted(extras)}")
-    choose(operator, impl, hidden.device)
-
-    part = "reference" if impl == "reference" else "auto"
-    logps = linear_logprobs(
+    operands = head_operands(
+        operator,
         hidden,
         weight,
         scored.rows,
         scored.targets,
-        bias=bias,
-        temperature=_temperatures(temperature, scored),
-        softcap=softcap,
-        logit_scale=logit_scale,
-        impl=part,
+        bias,
+        _temperatures(temperature, scored),
+        softcap,
+        logit_scale,
     )
-    if self_reward_objective:
-        terms = self_reward(logps, scored, self_reward_objective, **given, impl=part)
+    backend = choose(operator, impl, operands[0].device, operands[0].dtype)
+    part = "reference" if backend == "reference" else "auto"
+
+    def terms_of(logps: Tensor) -> SelfRewardTerms:
+        if self_reward_objective:
+            return self_reward(logps, scored, self_reward_objective, **given, impl=part)
+        return _other_terms(objective(logps, scored, {**given, **extras}), logps, scored, ref_logps)
+
+    if backend == "native" and _in_one_go(operands, extras):
+        couples_batch = getattr(objective, "couples", "batch") != "group"
+        terms, logps = grouped.loss_and_logps(head_of(*operands), scored.plan, couples_batch, terms_of)
     else:
-        terms = _other_terms(objective(logps, scored, {**given, **extras}), logps, scored, ref_logps)
+        logps = HEADS[backend](*operands)
+        terms = terms_of(logps)
     return SelfRewardLoss(
         terms.loss, terms.reward, terms.advantage, terms.kl, terms.rationale_logp, terms.answer_logp, logps.detach()
     )
+
+
+def _in_one_go(operands: tuple[Any, ...], extras: Mapping[str, Any]) -> bool:
+    """Whether to make gradients with the loss: torch.compile could not see into it, nor gradients reach extras."""
+    hidden, weight, *_, bias = operands[:5]
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    carried = any(isinstance(value, Tensor) and value.requires_grad for value in extras.values())
+    return wanted and torch.is_grad_enabled() and not carried and not torch.compiler.is_compiling()
 
 
 def self_reward(

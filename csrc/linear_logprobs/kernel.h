@@ -1,0 +1,533 @@
+// The pieces of linear_logprobs that a thread computes, on vectors of W floats. Included once for each instruction set.
+#pragma once
+
+#include "problem.h"
+#include "products.h"
+
+namespace latro::linear_logprobs {
+namespace {
+
+// Vocabulary entries whose products are in the second-level cache at once, with columns of them beside.
+constexpr int ENTRIES = 96;
+constexpr int COLUMNS = 256;
+constexpr int TILE_STRIDE = COLUMNS + 16;  // rows of a tile a power of two apart would share their places in the cache
+
+// Of a product whose logit does not count.
+constexpr float TAKEN = -__builtin_inff();
+
+// A guess of the largest logit only has to be within e^60 of it.
+constexpr int GUESSED = 64;
+
+template <class Size>
+LATRO_INLINE Size round_up(Size x, int to) {
+  return (x + to - 1) / to * to;
+}
+
+LATRO_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// Products of bfloat16 are of pairs where the instruction set has them, and otherwise of numbers widened to float.
+template <class T>
+struct UnitOf {
+  typedef float Type;
+  static constexpr int SIZE = 1;
+};
+
+#if LATRO_PAIRS != LATRO_PAIRS_NONE
+template <>
+struct UnitOf<Bfloat16> {
+  typedef uint32_t Type;
+  static constexpr int SIZE = 2;
+};
+#endif
+
+LATRO_INLINE uint32_t pair(Bfloat16 low, Bfloat16 high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
+// One number for each token or column.
+template <int W>
+struct Worker {
+  // Units along a row: to[0..padded) from from[0..count), zeros behind.
+  static void copy_units(const float* from, int64_t count, int64_t padded, float* to) {
+    std::memcpy(to, from, sizeof(float) * count);
+    std::memset(to + count, 0, sizeof(float) * (padded - count));
+  }
+
+  static void copy_units(const Bfloat16* from, int64_t count, int64_t padded, float* to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+      store<W>(to + i, load<W>(from + i));
+    }
+    for (; i < count; ++i) {
+      to[i] = to_float(from[i]);
+    }
+    std::memset(to + count, 0, sizeof(float) * (padded - count));
+  }
+
+  static void copy_units(const Bfloat16* from, int64_t count, int64_t padded, uint32_t* to) {
+    std::memset(to + count / 2, 0, sizeof(uint32_t) * (padded - count / 2));
+    std::memcpy(to, from, sizeof(Bfloat16) * count);
+  }
+
+  // Units across rows that follow each other: a row of `count` numbers, beside the next when units are pairs.
+  template <class T>
+  static void copy_across(const T* from, const T* /*next*/, int64_t count, int64_t padded, float* to) {
+    copy_units(from, count, padded, to);
+  }
+
+  static void copy_across(const Bfloat16* from, const Bfloat16* next, int64_t count, int64_t padded, uint32_t* to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+      const Bits<W> low = (Bits<W>)load<W>(from + i) >> 16;
+      const Bits<W> high = next ? (Bits<W>)load<W>(next + i) : Bits<W>{};
+      const Bits<W> both = low | high;
+      std::memcpy(to + i, &both, sizeof(both));
+    }
+    for (; i < count; ++i) {
+      to[i] = pair(from[i], next ? next[i] : Bfloat16{0});
+    }
+    std::memset(to + count, 0, sizeof(uint32_t) * (padded - count));
+  }
+};
+
+template <int W, class T>
+struct Kernel {
+  typedef typename UnitOf<T>::Type Unit;
+  static constexpr int UNIT = UnitOf<T>::SIZE;
+  static constexpr int P = PANEL<W>;
+  static constexpr int R = ROWS<W>;
+
+  static int64_t units(int64_t count) {
+    return (count + UNIT - 1) / UNIT;
+  }
+
+  static const T* row(const Rows& rows, int64_t index) {
+    return static_cast<const T*>(rows.data) + index * rows.stride;
+  }
+
+  static int64_t packed_size(const Problem& in, int64_t padded) {
+    const int64_t transposed = units(in.D) * padded;
+    const int64_t scaled = units(padded) * round_up(in.D, P);
+    return sizeof(Unit) * (transposed > scaled ? transposed : scaled);
+  }
+
+  // Rows of the left operand one after another; not a power of two apart.
+  static int64_t left_stride(int64_t count) {
+    return round_up(units(count), 16) + 16;
+  }
+
+  static int64_t scratch_size(const Problem& in, int64_t padded) {
+    const int64_t left = ENTRIES * left_stride(in.D > padded ? in.D : padded);
+    const int64_t blocks = DEPTH<W> * (round_up(padded, R) + HIDDEN_GRAD_COLUMNS);
+    return (left > blocks ? left : blocks) + ENTRIES * TILE_STRIDE;
+  }
+
+  static void pack_hidden(const Problem& in, const Tokens& tokens, int64_t first, int64_t last, void* packed) {
+    const int64_t depth = units(in.D);
+    for (int64_t t = first; t < last; ++t) {
+      Unit* to = static_cast<Unit*>(packed) + t / P * P * depth + t % P;
+      const T* from = t < tokens.count ? row(in.hidden, tokens.rows[t]) : nullptr;
+      for (int64_t k = 0; k < depth; ++k) {
+        to[k * P] = from ? unit_along(from, k, in.D) : Unit{};
+      }
+    }
+  }
+
+  LATRO_INLINE Unit unit_along(const T* from, int64_t k, int64_t count) {
+    if constexpr (UNIT == 1) {
+      return to_float(from[k]);
+    } else {
+      return pair(from[2 * k], 2 * k + 1 < count ? from[2 * k + 1] : Bfloat16{0});
+    }
+  }
+
+  static void pack_scaled(
+      const Problem& in, const Tokens& tokens, const float* factor, int64_t first, int64_t last, void* packed) {
+    const int64_t depth = units(tokens.padded);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t column = first; column < last; column += P) {
+        Unit* to = static_cast<Unit*>(packed) + column * depth + k * P;
+        T scaled[UNIT][P];
+        for (int part = 0; part < UNIT; ++part) {
+          const int64_t t = k * UNIT + part;
+          const T* from = t < tokens.count ? row(in.hidden, tokens.rows[t]) : nullptr;
+          for (int i = 0; i < P; ++i) {
+            from_float(scaled[part] + i, from && column + i < in.D ? to_float(from[column + i]) * factor[t] : 0);
+          }
+        }
+        Worker<W>::copy_across(scaled[0], scaled[UNIT - 1], P, P, to);
+      }
+    }
+  }
+
+  // Rows of the left operand, from row(i) on, to a multiple of R of them.
+  template <class RowOf>
+  static int load_left(RowOf row_of, int count, int64_t length, Unit* left) {
+    const int64_t stride = left_stride(length);
+    for (int i = 0; i < count; ++i) {
+      Worker<W>::copy_units(row_of(i), length, units(length), left + i * stride);
+    }
+    const int padded = round_up(count, R);
+    std::memset(left + count * stride, 0, sizeof(Unit) * (padded - count) * stride);
+    return padded;
+  }
+
+  // The logit less nothing, from a product.
+  struct Logit {
+    Float<W> value;
+    Float<W> slope;  // of the softcap
+  };
+
+  LATRO_INLINE Logit logit(const Problem& in, Float<W> product, float bias, Float<W> scale, Float<W> inverse) {
+    if (in.softcap <= 0) {
+      return {product * scale + bias * scale, Float<W>{} + 1};
+    }
+    const Float<W> t = tanh<W>((product + bias) * (in.logit_scale / in.softcap));
+    return {t * in.softcap * inverse, 1 - t * t};
+  }
+
+  LATRO_INLINE float bias(const Problem& in, int64_t entry) {
+    return in.bias ? in.bias[entry] : 0;
+  }
+
+  static void guess(
+      const Problem& in,
+      const Tokens& tokens,
+      const void* packed,
+      int64_t first,
+      int64_t last,
+      float* shift,
+      float* scratch) {
+    float* tile = scratch;
+    Unit* left = reinterpret_cast<Unit*>(scratch + ENTRIES * TILE_STRIDE);
+    const int count = static_cast<int>(smaller(GUESSED, in.V));
+    const auto entry = [&](int i) { return i * in.V / count; };
+    const int rows = load_left([&](int i) { return row(in.weight, entry(i)); }, count, in.D, left);
+    const int64_t depth = units(in.D);
+    for (int64_t t = first; t < last; t += COLUMNS) {
+      const int columns = static_cast<int>(smaller(COLUMNS, last - t));
+      multiply<W, Unit>(
+          rows, depth, columns, left, left_stride(in.D), static_cast<const Unit*>(packed) + t * depth, tile,
+          TILE_STRIDE);
+      for (int j = 0; j < columns; j += W) {
+        Float<W> most = Float<W>{} - __builtin_inff();
+        for (int i = 0; i < count; ++i) {
+          const Float<W> z = logit(
+                                 in, load<W>(tile + i * TILE_STRIDE + j), bias(in, entry(i)),
+                                 load<W>(tokens.scale + t + j), load<W>(tokens.inv_temperature + t + j))
+                                 .value;
+          most = max<W>(z, most);
+        }
+        const Float<W> none = Float<W>{} - __builtin_inff();
+        store<W>(shift + t + j, most == none ? Float<W>{} : most);
+      }
+    }
+  }
+
+  static void exponentials(
+      const Problem& in,
+      const Tokens& tokens,
+      const void* packed,
+      const float* shift,
+      Entries entries,
+      const Sums* sums,
+      const Exponentials* out,
+      float* scratch) {
+    float* tile = scratch;
+    Unit* left = reinterpret_cast<Unit*>(scratch + ENTRIES * TILE_STRIDE);
+    const int64_t depth = units(in.D);
+    if (sums) {
+      for (int64_t t = 0; t < tokens.padded; ++t) {
+        sums->most[t] = -__builtin_inff();
+        sums->sum[t] = sums->weighted[t] = 0;
+      }
+    }
+    for (int64_t v = entries.begin; v < entries.end; v += ENTRIES) {
+      const int count = static_cast<int>(smaller(ENTRIES, entries.end - v));
+      const int rows = load_left([&](int i) { return row(in.weight, v + i); }, count, in.D, left);
+      const Entries targets = targets_of(tokens, v, v + count);
+      for (int64_t t = 0; t < tokens.padded; t += COLUMNS) {
+        const int columns = static_cast<int>(smaller(COLUMNS, tokens.padded - t));
+        multiply<W, Unit>(
+            rows, depth, columns, left, left_stride(in.D), static_cast<const Unit*>(packed) + t * depth, tile,
+            TILE_STRIDE);
+        T* to = out ? static_cast<T*>(out->data) + (v - entries.begin) * out->stride + t : nullptr;
+        const int64_t stride = out ? out->stride : 0;
+        take_targets(in, tokens, shift, targets, v, t, columns, sums, tile);
+        if (sums) {
+          fold_tile<true>(in, tokens, shift, v, count, t, columns, tile, *sums, to, stride);
+        } else {
+          fold_tile<false>(in, tokens, shift, v, count, t, columns, tile, Sums{}, to, stride);
+        }
+      }
+    }
+  }
+
+  // The targets of entries [begin, end), as a range of tokens.targets.
+  static Entries targets_of(const Tokens& tokens, int64_t begin, int64_t end) {
+    const auto first_from = [&](int64_t entry) {
+      int64_t low = 0;
+      int64_t high = tokens.target_count;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (tokens.targets[middle].entry < entry) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      return low;
+    };
+    return {first_from(begin), first_from(end)};
+  }
+
+  // Reads the targets' logits, and marks their products: 1 - p is a sum of the others, not a difference.
+  static void take_targets(
+      const Problem& in,
+      const Tokens& tokens,
+      const float* shift,
+      Entries targets,
+      int64_t v,
+      int64_t t,
+      int columns,
+      const Sums* sums,
+      float* tile) {
+    for (int64_t i = targets.begin; i < targets.end; ++i) {
+      const Target target = tokens.targets[i];
+      if (target.token < t || target.token >= t + columns) {
+        continue;
+      }
+      float* product = tile + (target.entry - v) * TILE_STRIDE + target.token - t;
+      if (sums) {
+        const Logit at = logit(
+            in, Float<W>{} + *product, bias(in, target.entry), Float<W>{} + tokens.scale[target.token],
+            Float<W>{} + tokens.inv_temperature[target.token]);
+        sums->target[i] = at.value[0] - shift[target.token];
+        sums->slope[i] = at.slope[0];
+      }
+      *product = TAKEN;
+    }
+  }
+
+  // Products to exponentials, and their sums down the columns. Four vectors at a time, so that they hide each other's
+  // latency.
+  template <bool SUM>
+  static void fold_tile(
+      const Problem& in,
+      const Tokens& tokens,
+      const float* shifts,
+      int64_t v,
+      int count,
+      int64_t t,
+      int columns,
+      const float* tile,
+      Sums sums,
+      T* to,
+      int64_t stride) {
+    constexpr int N = 4;
+    for (int j = 0; j < columns; j += N * W) {
+      const int64_t at = t + j;
+      Float<W> scale[N], inverse[N], shift[N], most[N], sum[N] = {}, weighted[N] = {};
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        scale[n] = load<W>(tokens.scale + at + n * W);
+        inverse[n] = load<W>(tokens.inv_temperature + at + n * W);
+        shift[n] = load<W>(shifts + at + n * W);
+        most[n] = Float<W>{} - __builtin_inff();
+      }
+      for (int i = 0; i < count; ++i) {
+        const float b = bias(in, v + i);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          const Float<W> product = load<W>(tile + i * TILE_STRIDE + j + n * W);
+          const Logit z = logit(in, product, b, scale[n], inverse[n]);
+          const Float<W> above = z.value - shift[n];
+          const Float<W> low = Float<W>{} - 1e30f;  // minus infinity times its exponential would be NaN
+          const Float<W> x = (above < low) | (product == TAKEN) ? low : above;
+          const Float<W> e = exp<W>(x);
+          if (SUM) {
+            most[n] = max<W>(x, most[n]);
+            sum[n] += e;
+            weighted[n] += e * x;
+          }
+          if (to) {
+            store<W>(to + i * stride + j + n * W, in.softcap > 0 ? e * z.slope : e);
+          }
+        }
+      }
+      if (SUM) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+          const int64_t k = at + n * W;
+          store<W>(sums.most + k, max<W>(most[n], load<W>(sums.most + k)));
+          store<W>(sums.sum + k, load<W>(sums.sum + k) + sum[n]);
+          store<W>(sums.weighted + k, load<W>(sums.weighted + k) + weighted[n]);
+        }
+      }
+    }
+  }
+
+  static void hidden_grad(
+      const Problem& in,
+      const Exponentials& kept,
+      Entries entries,
+      int64_t first_token,
+      int64_t last_token,
+      int64_t first_column,
+      int64_t last_column,
+      bool add,
+      float* grad,
+      int64_t stride,
+      float* scratch) {
+    const int64_t tokens = last_token - first_token;
+    const int64_t columns = last_column - first_column;
+    Unit* left = reinterpret_cast<Unit*>(scratch);
+    Unit* right = left + DEPTH<W> * round_up(tokens, R);
+    for (int64_t v = entries.begin; v < entries.end; v += DEPTH<W> * UNIT) {
+      const int64_t count = smaller(DEPTH<W> * UNIT, entries.end - v);
+      const int depth = static_cast<int>(units(count));
+      for (int k = 0; k < depth; ++k) {
+        const int64_t entry = v + k * UNIT;
+        const bool last = entry + 1 == entries.end;
+        const T* e = static_cast<const T*>(kept.data) + (entry - entries.begin) * kept.stride + first_token;
+        split<R>(e, last ? nullptr : e + kept.stride, tokens, left + k * R, static_cast<int64_t>(depth) * R);
+        const T* w = row(in.weight, entry) + first_column;
+        split<P>(
+            w, last ? nullptr : w + in.weight.stride, smaller(columns, in.D - first_column), right + k * P,
+            static_cast<int64_t>(depth) * P);
+      }
+      for (int64_t first = 0; first < tokens; first += ENTRIES) {
+        for (int64_t column = 0; column < columns; column += P) {
+          for (int64_t t = first; t < smaller(tokens, first + ENTRIES); t += R) {
+            multiply_packed<W, Unit>(
+                depth, left + t * depth, right + column * depth,
+                grad + (first_token + t) * stride + first_column + column, stride, add || v > entries.begin);
+          }
+        }
+      }
+    }
+  }
+
+  // A row in pieces of SIZE units, each `stride` after the other; zeros behind the last.
+  template <int SIZE>
+  static void split(const T* from, const T* next, int64_t count, Unit* to, int64_t stride) {
+    int64_t i = 0;
+    for (; i + SIZE <= count; i += SIZE, to += stride) {
+      Worker<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
+    }
+    if (i < count) {
+      Worker<W>::copy_across(from + i, next ? next + i : nullptr, count - i, SIZE, to);
+    }
+  }
+
+  static void weight_grad(
+      const Problem& in,
+      const Tokens& tokens,
+      const void* scaled,
+      const Exponentials& kept,
+      Entries entries,
+      const WeightGrad& grad,
+      float* scratch) {
+    float* tile = scratch;
+    Unit* left = reinterpret_cast<Unit*>(scratch + ENTRIES * TILE_STRIDE);
+    const int64_t depth = units(tokens.padded);
+    for (int64_t v = entries.begin; v < entries.end; v += ENTRIES) {
+      const int count = static_cast<int>(smaller(ENTRIES, entries.end - v));
+      const T* e = static_cast<const T*>(kept.data) + (v - entries.begin) * kept.stride;
+      const int rows = load_left([&](int i) { return e + i * kept.stride; }, count, tokens.padded, left);
+      const Entries targets = targets_of(tokens, v, v + count);
+      for (int64_t column = 0; grad.data && column < in.D; column += COLUMNS) {
+        const int columns = static_cast<int>(smaller(COLUMNS, round_up(in.D, P) - column));
+        multiply<W, Unit>(
+            rows, depth, columns, left, left_stride(tokens.padded), static_cast<const Unit*>(scaled) + column * depth,
+            tile, TILE_STRIDE);
+        add_targets(in, tokens, targets, v, column, columns, grad, tile);
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = (v - entries.begin + i) * in.D + column;
+          write_grad(tile + i * TILE_STRIDE, smaller(columns, in.D - column), at, grad);
+        }
+      }
+      for (int i = 0; grad.bias && i < count; ++i) {
+        grad.bias[v + i] += bias_grad(tokens, e + i * kept.stride, grad.factor);
+      }
+      for (int64_t i = targets.begin; grad.bias && i < targets.end; ++i) {
+        grad.bias[tokens.targets[i].entry] += grad.target_factor[i];
+      }
+    }
+  }
+
+  static void add_targets(
+      const Problem& in,
+      const Tokens& tokens,
+      Entries targets,
+      int64_t v,
+      int64_t column,
+      int columns,
+      const WeightGrad& grad,
+      float* tile) {
+    for (int64_t i = targets.begin; i < targets.end; ++i) {
+      const T* from = row(in.hidden, tokens.rows[tokens.targets[i].token]) + column;
+      float* to = tile + (tokens.targets[i].entry - v) * TILE_STRIDE;
+      add_scaled(from, smaller(columns, in.D - column), grad.target_factor[i], to);
+    }
+  }
+
+  static void add_scaled(const T* from, int64_t count, float factor, float* to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+      store<W>(to + i, load<W>(to + i) + load<W>(from + i) * factor);
+    }
+    for (; i < count; ++i) {
+      to[i] += to_float(from[i]) * factor;
+    }
+  }
+
+  static float bias_grad(const Tokens& tokens, const T* e, const float* factor) {
+    Float<W> total = {};
+    for (int64_t t = 0; t < tokens.padded; t += W) {
+      total += load<W>(e + t) * load<W>(factor + t);
+    }
+    return sum<W>(total);
+  }
+
+  static void write_grad(const float* from, int64_t count, int64_t at, const WeightGrad& grad) {
+    if (grad.is_float) {
+      add_or_set(from, count, grad.accumulate, static_cast<float*>(grad.data) + at);
+    } else {
+      add_or_set(from, count, grad.accumulate, static_cast<T*>(grad.data) + at);
+    }
+  }
+
+  template <class To>
+  static void add_or_set(const float* from, int64_t count, bool add, To* to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+      store<W>(to + i, add ? load<W>(to + i) + load<W>(from + i) : load<W>(from + i));
+    }
+    for (; i < count; ++i) {
+      from_float(to + i, add ? to_float(to[i]) + from[i] : from[i]);
+    }
+  }
+
+  static void add_weight_row(const Problem& in, int64_t entry, float factor, float* to) {
+    add_scaled(row(in.weight, entry), in.D, factor, to);
+  }
+
+  static void add_to_row(const float* from, int64_t D, void* to) {
+    add_or_set(from, D, true, static_cast<T*>(to));
+  }
+};
+
+template <int W, class T>
+constexpr Kernels kernels() {
+  typedef Kernel<W, T> K;
+  return {
+      K::P,           K::packed_size, K::scratch_size,   K::pack_hidden, K::pack_scaled, K::guess, K::exponentials,
+      K::hidden_grad, K::weight_grad, K::add_weight_row, K::add_to_row,
+  };
+}
+
+}  // namespace
+}  // namespace latro::linear_logprobs

@@ -1,0 +1,99 @@
+"""Loss and gradients of a linear head in one go, a few prompts at a time.
+
+A token's coefficient is known once its prompt's rationales are all scored, so exponentials have to be kept for a group
+of prompts alone: log-probs of the group, the objective's coefficients, then its gradients. The backward pass scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from latro_kernels.linear_logprobs.native import Head, add_grads, new_grads
+from latro_kernels.memory import get_memory_budget
+from latro_kernels.self_reward.objective import SelfRewardTerms
+from latro_kernels.tree import LossPlan
+
+# Fewer tokens than this make poor matrix products: prompts are joined until there are as many, whatever the budget.
+FEWEST_TOKENS = 512
+
+
+def loss_and_logps(
+    head: Head, plan: LossPlan, couples_batch: bool, terms_of: Callable[[Tensor], SelfRewardTerms]
+) -> tuple[SelfRewardTerms, Tensor]:
+    """The terms, their loss differentiable in hidden, weight and bias; and the log-probs [M].
+
+    terms_of: log-probs to terms, whose loss is differentiable in them.
+    """
+    for_head = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    budget = get_memory_budget()
+    if couples_batch or not for_head:
+        parts = [(0, head.rows.shape[0])]
+    else:
+        parts = _parts(plan, budget // (head.weight.shape[0] * head.weight.element_size()))
+    *values, logps = _Grouped.apply(head.hidden, head.weight, head.bias, head, parts, budget, terms_of)
+    return SelfRewardTerms(*values), logps
+
+
+def _parts(plan: LossPlan, most_tokens: int) -> list[tuple[int, int]]:
+    """Scored tokens [begin, end) of consecutive prompts, as many as fit."""
+    ends = plan.segment_tokens[plan.group_segments].tolist()
+    parts = [(0, 0)]
+    for begin, end in pairwise(ends):
+        first, last = parts[-1]
+        if end - first <= most_tokens or last - first < FEWEST_TOKENS:
+            parts[-1] = (first, end)
+        else:
+            parts.append((begin, end))
+    return parts
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        parts: list[tuple[int, int]],
+        budget: int,
+        terms_of: Callable[[Tensor], SelfRewardTerms],
+    ) -> tuple[Tensor, ...]:
+        head = head._replace(hidden=hidden, weight=weight, bias=bias)
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        for_head = for_weight or for_bias
+        grads = new_grads(head, for_hidden, for_weight, for_bias, weight.dtype if len(parts) == 1 else torch.float32)
+        logps = hidden.new_zeros(head.rows.shape[0], dtype=torch.float32)
+        for begin, end in parts:
+            part = head.part(begin, end)
+            found, _, *kept = torch.ops.latro_kernels.linear_logprobs(*part, budget if for_head else 0, not for_head)
+            logps[begin:end] = found
+            # The log-probs of later prompts are still 0; this part's coefficients do not depend on them.
+            terms, coefficients = _coefficients(terms_of, logps)
+            add_grads(coefficients[begin:end].contiguous(), part, [found, *kept], grads, first=begin == 0)
+        results = (*(value.detach() for value in terms[1:]), logps)
+        ctx.mark_non_differentiable(*results)
+        ctx.save_for_backward(*grads.like(head))
+        return terms.loss.detach(), *results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = ctx.saved_tensors
+        if grad != 1:  # reading it is free on the CPU, scaling the gradient of weight is not
+            grads = tuple(None if own is None else own * grad.item() for own in grads)
+        return *grads, None, None, None, None
+
+
+def _coefficients(terms_of: Callable[[Tensor], SelfRewardTerms], logps: Tensor) -> tuple[SelfRewardTerms, Tensor]:
+    with torch.enable_grad():
+        leaf = logps.clone().requires_grad_()
+        terms = terms_of(leaf)
+        (coefficients,) = torch.autograd.grad(terms.loss, leaf)
+    return terms, coefficients
