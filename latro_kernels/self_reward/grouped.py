@@ -95,5 +95,7 @@ def _coefficients(terms_of: Callable[[Tensor], SelfRewardTerms], logps: Tensor) 
     with torch.enable_grad():
         leaf = logps.clone().requires_grad_()
         terms = terms_of(leaf)
+        if not terms.loss.requires_grad:  # the objective does not depend on the log-probs
+            return terms, torch.zeros_like(logps)
         (coefficients,) = torch.autograd.grad(terms.loss, leaf)
     return terms, coefficients
