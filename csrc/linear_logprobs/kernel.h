@@ -10,6 +10,7 @@ namespace {
 // Vocabulary entries whose products are in the second-level cache at once, with columns of them beside.
 constexpr int ENTRIES = 96;
 constexpr int COLUMNS = 256;
+constexpr int GRAD_TOKENS = 192;
 constexpr int TILE_STRIDE = COLUMNS + 16;  // rows of a tile a power of two apart would share their places in the cache
 
 // Of a product whose logit does not count.
@@ -113,14 +114,9 @@ struct Kernel {
     return sizeof(Unit) * (transposed > scaled ? transposed : scaled);
   }
 
-  // Rows of the left operand one after another; not a power of two apart.
-  static int64_t left_stride(int64_t count) {
-    return round_up(units(count), 16) + 16;
-  }
-
   static int64_t scratch_size(const Problem& in, int64_t padded) {
-    const int64_t left = ENTRIES * left_stride(in.D > padded ? in.D : padded);
-    const int64_t blocks = DEPTH<W> * (round_up(padded, R) + HIDDEN_GRAD_COLUMNS);
+    const int64_t left = ENTRIES * round_up(units(in.D > padded ? in.D : padded), DEPTH<W>);
+    const int64_t blocks = DEPTH<W> * (GRAD_TOKENS + HIDDEN_GRAD_COLUMNS);
     return (left > blocks ? left : blocks) + ENTRIES * TILE_STRIDE;
   }
 
@@ -162,15 +158,23 @@ struct Kernel {
     }
   }
 
-  // Rows of the left operand, from row(i) on, to a multiple of R of them.
+  // The left operand in slices, from row_of(i) for i < count, to a multiple of R rows.
   template <class RowOf>
   static int load_left(RowOf row_of, int count, int64_t length, Unit* left) {
-    const int64_t stride = left_stride(length);
-    for (int i = 0; i < count; ++i) {
-      Worker<W>::copy_units(row_of(i), length, units(length), left + i * stride);
-    }
     const int padded = round_up(count, R);
-    std::memset(left + count * stride, 0, sizeof(Unit) * (padded - count) * stride);
+    constexpr int64_t SLICE = DEPTH<W> * UNIT;
+    for (int i = 0; i < padded; ++i) {
+      const T* from = i < count ? row_of(i) : nullptr;
+      Unit* to = left + i * DEPTH<W>;
+      for (int64_t first = 0; first < length; first += SLICE, to += ENTRIES * DEPTH<W>) {
+        const int64_t part = smaller(SLICE, length - first);
+        if (from) {
+          Worker<W>::copy_units(from + first, part, units(part), to);
+        } else {
+          std::memset(to, 0, sizeof(Unit) * units(part));
+        }
+      }
+    }
     return padded;
   }
 
@@ -209,8 +213,7 @@ struct Kernel {
     for (int64_t t = first; t < last; t += COLUMNS) {
       const int columns = static_cast<int>(smaller(COLUMNS, last - t));
       multiply<W, Unit>(
-          rows, depth, columns, left, left_stride(in.D), static_cast<const Unit*>(packed) + t * depth, tile,
-          TILE_STRIDE);
+          rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(packed) + t * depth, tile, TILE_STRIDE);
       for (int j = 0; j < columns; j += W) {
         Float<W> most = Float<W>{} - __builtin_inff();
         for (int i = 0; i < count; ++i) {
@@ -251,15 +254,17 @@ struct Kernel {
       for (int64_t t = 0; t < tokens.padded; t += COLUMNS) {
         const int columns = static_cast<int>(smaller(COLUMNS, tokens.padded - t));
         multiply<W, Unit>(
-            rows, depth, columns, left, left_stride(in.D), static_cast<const Unit*>(packed) + t * depth, tile,
-            TILE_STRIDE);
-        T* to = out ? static_cast<T*>(out->data) + (v - entries.begin) * out->stride + t : nullptr;
-        const int64_t stride = out ? out->stride : 0;
+            rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(packed) + t * depth, tile, TILE_STRIDE);
         take_targets(in, tokens, shift, targets, v, t, columns, sums, tile);
         if (sums) {
-          fold_tile<true>(in, tokens, shift, v, count, t, columns, tile, *sums, to, stride);
+          fold_tile<true>(in, tokens, shift, v, count, t, columns, out != nullptr, tile, *sums);
         } else {
-          fold_tile<false>(in, tokens, shift, v, count, t, columns, tile, Sums{}, to, stride);
+          fold_tile<false>(in, tokens, shift, v, count, t, columns, true, tile, Sums{});
+        }
+        // A row at a time: the rows lie far apart, each on a page of its own.
+        for (int i = 0; out && i < count; ++i) {
+          T* to = static_cast<T*>(out->data) + (v - entries.begin + i) * out->stride + t;
+          add_or_set(tile + i * TILE_STRIDE, columns, false, to);
         }
       }
     }
@@ -311,8 +316,8 @@ struct Kernel {
     }
   }
 
-  // Products to exponentials, and their sums down the columns. Four vectors at a time, so that they hide each other's
-  // latency.
+  // Products to exponentials, which stay in the tile to be kept, and their sums down the columns. Four vectors at a
+  // time, so that they hide each other's latency.
   template <bool SUM>
   static void fold_tile(
       const Problem& in,
@@ -322,10 +327,9 @@ struct Kernel {
       int count,
       int64_t t,
       int columns,
-      const float* tile,
-      Sums sums,
-      T* to,
-      int64_t stride) {
+      bool keep,
+      float* tile,
+      Sums sums) {
     constexpr int N = 4;
     for (int j = 0; j < columns; j += N * W) {
       const int64_t at = t + j;
@@ -352,8 +356,8 @@ struct Kernel {
             sum[n] += e;
             weighted[n] += e * x;
           }
-          if (to) {
-            store<W>(to + i * stride + j + n * W, in.softcap > 0 ? e * z.slope : e);
+          if (keep) {
+            store<W>(tile + i * TILE_STRIDE + j + n * W, in.softcap > 0 ? e * z.slope : e);
           }
         }
       }
@@ -381,41 +385,50 @@ struct Kernel {
       float* grad,
       int64_t stride,
       float* scratch) {
-    const int64_t tokens = last_token - first_token;
     const int64_t columns = last_column - first_column;
+    const int64_t width = smaller(columns, in.D - first_column);
     Unit* left = reinterpret_cast<Unit*>(scratch);
-    Unit* right = left + DEPTH<W> * round_up(tokens, R);
+    Unit* right = left + DEPTH<W> * GRAD_TOKENS;
     for (int64_t v = entries.begin; v < entries.end; v += DEPTH<W> * UNIT) {
-      const int64_t count = smaller(DEPTH<W> * UNIT, entries.end - v);
-      const int depth = static_cast<int>(units(count));
-      for (int k = 0; k < depth; ++k) {
-        const int64_t entry = v + k * UNIT;
-        const bool last = entry + 1 == entries.end;
-        const T* e = static_cast<const T*>(kept.data) + (entry - entries.begin) * kept.stride + first_token;
-        split<R>(e, last ? nullptr : e + kept.stride, tokens, left + k * R, static_cast<int64_t>(depth) * R);
-        const T* w = row(in.weight, entry) + first_column;
-        split<P>(
-            w, last ? nullptr : w + in.weight.stride, smaller(columns, in.D - first_column), right + k * P,
-            static_cast<int64_t>(depth) * P);
-      }
-      for (int64_t first = 0; first < tokens; first += ENTRIES) {
+      const Entries part = {v, smaller(entries.end, v + DEPTH<W> * UNIT)};
+      const int depth = static_cast<int>(units(part.end - part.begin));
+      pack_across<P>(row(in.weight, v) + first_column, in.weight.stride, part, width, right);
+      const T* e = static_cast<const T*>(kept.data) + (v - entries.begin) * kept.stride;
+      for (int64_t first = first_token; first < last_token; first += GRAD_TOKENS) {
+        const int64_t tokens = smaller(GRAD_TOKENS, last_token - first);
+        pack_across<R>(e + first, kept.stride, part, tokens, left);
         for (int64_t column = 0; column < columns; column += P) {
-          for (int64_t t = first; t < smaller(tokens, first + ENTRIES); t += R) {
+          for (int64_t t = 0; t < tokens; t += R) {
             multiply_packed<W, Unit>(
-                depth, left + t * depth, right + column * depth,
-                grad + (first_token + t) * stride + first_column + column, stride, add || v > entries.begin);
+                depth, left + t * depth, right + column * depth, grad + (first + t) * stride + first_column + column,
+                stride, add || v > entries.begin);
           }
         }
       }
     }
   }
 
-  // A row in pieces of SIZE units, each `stride` after the other; zeros behind the last.
+  // Rows of `count` numbers, one for each entry, as panels of SIZE columns.
+  template <int SIZE>
+  static void pack_across(const T* from, int64_t stride, Entries entries, int64_t count, Unit* to) {
+    const int64_t depth = units(entries.end - entries.begin);
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* first = from + k * UNIT * stride;
+      const bool alone = (k + 1) * UNIT > entries.end - entries.begin;
+      split<SIZE>(first, alone ? nullptr : first + stride, count, to + k * SIZE, depth * SIZE);
+    }
+  }
+
+  // A row in pieces of SIZE units, each `stride` after the one before; zeros behind the last.
   template <int SIZE>
   static void split(const T* from, const T* next, int64_t count, Unit* to, int64_t stride) {
     int64_t i = 0;
     for (; i + SIZE <= count; i += SIZE, to += stride) {
-      Worker<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
+      if constexpr (sizeof(T) == sizeof(Unit)) {
+        std::memcpy(to, from + i, sizeof(Unit) * SIZE);  // of constant size: no call
+      } else {
+        Worker<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
+      }
     }
     if (i < count) {
       Worker<W>::copy_across(from + i, next ? next + i : nullptr, count - i, SIZE, to);
@@ -441,8 +454,7 @@ struct Kernel {
       for (int64_t column = 0; grad.data && column < in.D; column += COLUMNS) {
         const int columns = static_cast<int>(smaller(COLUMNS, round_up(in.D, P) - column));
         multiply<W, Unit>(
-            rows, depth, columns, left, left_stride(tokens.padded), static_cast<const Unit*>(scaled) + column * depth,
-            tile, TILE_STRIDE);
+            rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(scaled) + column * depth, tile, TILE_STRIDE);
         add_targets(in, tokens, targets, v, column, columns, grad, tile);
         for (int i = 0; i < count; ++i) {
           const int64_t at = (v - entries.begin + i) * in.D + column;
