@@ -23,7 +23,7 @@ SMALL_BUDGET = 64 * 2**20
 GROUP = 16  # rationales of the prompt, where the loss is self-reward
 BETA = 0.05
 BLOCK = 64  # distinct hidden rows: making each one peaked costs eight logits in float64
-EMULATED = (128, 256, 4096)  # the shape where a bfloat16 product takes seconds
+EMULATED = (64, 128, 2048)  # where a bfloat16 product of 512x1024x32768 takes half a minute
 
 SHAPES = {"default": [(512, 1024, 32768), (2048, 512, 32000)], "full": [(1024, 2048, 128256)], "toy": [(64, 32, 500)]}
 
@@ -57,14 +57,12 @@ def torch_head(hidden, weight, inputs, chunked=False):
     return -F.linear_cross_entropy(hidden, weight, inputs["targets"], reduction="none", options=options)
 
 
-# name: the contestant, and the module that it needs.
-RIVALS = {
-    "torch linear_cross_entropy": (torch_head, "torch"),
-    "CCE torch_compile": (cut_cross_entropy, "cut_cross_entropy"),
-    "Liger": (liger, "liger_kernel.chunked_loss"),
-    "TRL": (trl, "trl.trainer.utils"),
-}
-FULL_RIVALS = {"torch linear_cross_entropy, chunked": (partial(torch_head, chunked=True), "torch")}
+COMPILED = "CCE torch_compile"
+
+# name: the contestant, and the module that it needs. The slow ones take part in one case of each dtype by default.
+RIVALS = {"torch linear_cross_entropy": (torch_head, "torch"), COMPILED: (cut_cross_entropy, "cut_cross_entropy")}
+SLOW_RIVALS = {"Liger": (liger, "liger_kernel.chunked_loss"), "TRL": (trl, "trl.trainer.utils")}
+SLOWEST_RIVALS = {"torch linear_cross_entropy, chunked": (partial(torch_head, chunked=True), "torch")}
 
 
 def missing(module: str) -> str | None:
@@ -80,7 +78,7 @@ def missing(module: str) -> str | None:
 @functools.cache
 def absent() -> dict[str, str]:
     """Contestants that cannot run here, and why."""
-    reasons = {name: missing(module) for name, (_, module) in RIVALS.items()}
+    reasons = {name: missing(module) for name, (_, module) in (RIVALS | SLOW_RIVALS).items()}
     reasons["ours, 64 MB"] = None if HAS_MEMORY_BUDGET else "latro_kernels has no set_memory_budget"
     reasons["verl linear_cross_entropy"] = "needs ray, and transformers older than 5.11"
     return {name: reason for name, reason in reasons.items() if reason}
@@ -171,10 +169,9 @@ def exact(shape, loss):
     return {"logps": logps.detach().float(), "dX": dX.float(), "dW": dW.float()}
 
 
-def contestants(loss, frozen, full):
+def contestants(loss, frozen, rivals):
     budgets = {"ours": None, "ours, 64 MB": SMALL_BUDGET}
     if loss is weighted:
-        rivals = RIVALS | (FULL_RIVALS if full else {})
         heads = {name: partial(ours, budget=budget) for name, budget in budgets.items()}
         heads |= {"definition": partial(ours, impl="reference")}
         heads |= {name: rival for name, (rival, _) in rivals.items()}
@@ -188,22 +185,28 @@ def contestants(loss, frozen, full):
 
 
 def cases(size):
-    """(shape, loss, frozen, dtype). By default the second shape is asked fewer questions, to save a minute."""
-    first, *others = SHAPES["toy"] if size == "toy" else SHAPES["default"]
-    others += SHAPES["full"] if size == "full" else []
+    """(shape, loss, frozen, dtype, rivals)"""
+    full = size == "full"
+    everyone = RIVALS | SLOW_RIVALS | (SLOWEST_RIVALS if full else {})
     for dtype in (torch.float32, torch.bfloat16):
+        first, *others = SHAPES["toy"] if size == "toy" else SHAPES["default"]
         if dtype == torch.bfloat16 and size != "toy" and bf16_is_emulated():
             first, others = EMULATED, []
-        yield from ((first, loss, frozen, dtype) for loss in (weighted, self_reward) for frozen in (False, True))
-        frozens = (False, True) if size == "full" else (False,)
-        yield from ((shape, weighted, frozen, dtype) for shape in others for frozen in frozens)
+        yield first, weighted, False, dtype, everyone
+        yield first, weighted, True, dtype, everyone if full else RIVALS
+        for shape in others + (SHAPES["full"] if full and others else []):
+            for frozen in (False, True) if full else (False,):
+                yield shape, weighted, frozen, dtype, everyone if full else {COMPILED: RIVALS[COMPILED]}
+        for frozen in (False, True) if full else (False,):
+            yield first, self_reward, frozen, dtype, {}
 
 
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     size = "toy" if config.getoption("toy") else "full" if config.getoption("full") else "default"
     found = list(cases(size))
-    metafunc.parametrize(("shape", "loss", "frozen", "dtype"), found, ids=[case_name(*case) for case in found])
+    names = ("shape", "loss", "frozen", "dtype", "rivals")
+    metafunc.parametrize(names, found, ids=[case_name(*case[:-1]) for case in found])
 
 
 def case_name(shape, loss, frozen, dtype):
@@ -211,7 +214,7 @@ def case_name(shape, loss, frozen, dtype):
     return f"{kind} {'x'.join(map(str, shape))}{' frozen' if frozen else ''} {str(dtype)[6:]}"
 
 
-def test_head(shape, loss, frozen, dtype, measured, pytestconfig):
+def test_head(shape, loss, frozen, dtype, rivals, measured):
     T, H, V = shape
     truth = exact(shape, loss)
     measured(
@@ -221,8 +224,9 @@ def test_head(shape, loss, frozen, dtype, measured, pytestconfig):
             dtype=dtype,
             inputs=head_inputs(shape, loss, dtype),
             exact={name: value for name, value in truth.items() if name != "dW" or not frozen},
-            contestants=contestants(loss, frozen, pytestconfig.getoption("full")),
+            contestants=contestants(loss, frozen, rivals),
             flops=(4 if frozen else 6) * T * H * V,
             floor="bare GEMMs",
+            compiled=(COMPILED,),
         )
     )

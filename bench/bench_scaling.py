@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.bench_step import step_case
+from bench.bench_step import SMALL_MODEL, step_case
 
 MODEL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODEL |= {"head_dim": 64, "intermediate_size": 768}
@@ -26,8 +26,8 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("axes", axes, ids=["K={K} P={P} V={V}".format(**one) for one in axes])
 
 
-def test_scaling(axes, measured):
-    config = MODEL | {"vocab_size": axes["V"]}
+def test_scaling(axes, measured, pytestconfig):
+    config = (SMALL_MODEL if pytestconfig.getoption("toy") else MODEL) | {"vocab_size": axes["V"]}
     case = step_case("scaling", config, (axes["P"], R, A, axes["K"]), torch.float32, axes)
     case.name += f" V={axes['V']}"
     measured(case)

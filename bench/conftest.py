@@ -11,7 +11,7 @@ import time
 import pytest
 
 from bench.bench_head import absent
-from bench.measure import ROOT, bf16_is_emulated, measure, peak_gflops
+from bench.measure import ROOT, bf16_is_emulated, measure, peak_gflops, start_processes
 from bench.render import text_table
 from latro_kernels.__main__ import hardware, report, version, versions
 
@@ -31,6 +31,7 @@ def pytest_configure(config):
     config.stash[RECORDS] = []
     config.stash[START] = time.time()
     config.addinivalue_line("filterwarnings", "default")  # other people's code runs here
+    start_processes()
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def along(axis, records):
 
 
 def marginal_cost(records):
-    """What one more rationale costs at each length of the prompt: the slope between fewest and most, if there are two."""
+    """What one more rationale costs at each length of the prompt, where it was measured with more than one number."""
     lines = []
     for P in sorted({record["axes"]["P"] for record in records if record["axes"]}):
         found = along("K", [record for record in records if record["axes"] and record["axes"]["P"] == P])
