@@ -12,11 +12,10 @@ from bench.bench_step import SMALL_MODEL, step_case
 MODEL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODEL |= {"head_dim": 64, "intermediate_size": 768}
 
-R, A = 64, 8
-BASE = (4, 256, 8000)  # K, P, V, of which one at a time is changed
-CASES = [BASE, (2, 256, 8000), (8, 256, 8000), (16, 256, 8000), (4, 64, 8000), (4, 1024, 8000)]
-CASES += [(4, 256, 2000), (4, 256, 32000)]
-CASES += [(8, 1024, 8000)]  # what four more rationales cost after a long prompt
+R, A = 32, 8
+BASE = (4, 128, 8000)  # K, P, V, of which one at a time is changed
+CASES = [BASE, (2, 128, 8000), (8, 128, 8000), (4, 32, 8000), (4, 512, 8000), (4, 128, 2000), (4, 128, 24000)]
+CASES += [(8, 512, 8000)]  # what four more rationales cost after a long prompt
 TOY_CASES = [(2, 16, 100), (3, 16, 100), (2, 8, 100), (2, 16, 50)]
 
 

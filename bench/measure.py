@@ -131,10 +131,9 @@ def _checked(case: Case) -> dict[str, dict[str, Any]]:
 
 
 def _in_fresh_process(run: Contestant, folder: str, inexact: bool, compiled: bool) -> dict[str, Any]:
-    receiver, sender = start_processes().Pipe(duplex=False)
-    process = start_processes().Process(
-        target=_child, args=(run, folder, inexact, compiled, torch.get_num_threads(), sender)
-    )
+    context = start_processes()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(run, folder, inexact, compiled, torch.get_num_threads(), sender))
     process.start()
     sender.close()
     try:
