@@ -1,6 +1,7 @@
 """Every benchmark runs, at toy size, and finds ours right."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 def toy(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "bench", "--toy", "--benchmark-only", f"--benchmark-json={path}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True), path
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in conftest.py
+    return subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True), path
 
 
 def test_benchmarks_end_well(toy):
