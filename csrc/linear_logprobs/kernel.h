@@ -115,7 +115,7 @@ struct Kernel {
   }
 
   static int64_t scratch_size(const Problem& in, int64_t padded) {
-    const int64_t left = ENTRIES * round_up(units(in.D > padded ? in.D : padded), DEPTH<W>);
+    const int64_t left = ENTRIES * round_up(units(in.D > padded ? in.D : padded), CHAIN);
     const int64_t blocks = DEPTH<W> * (GRAD_TOKENS + HIDDEN_GRAD_COLUMNS);
     return (left > blocks ? left : blocks) + ENTRIES * TILE_STRIDE;
   }
@@ -162,11 +162,11 @@ struct Kernel {
   template <class RowOf>
   static int load_left(RowOf row_of, int count, int64_t length, Unit* left) {
     const int padded = round_up(count, R);
-    constexpr int64_t SLICE = DEPTH<W> * UNIT;
+    constexpr int64_t SLICE = CHAIN * UNIT;
     for (int i = 0; i < padded; ++i) {
       const T* from = i < count ? row_of(i) : nullptr;
-      Unit* to = left + i * DEPTH<W>;
-      for (int64_t first = 0; first < length; first += SLICE, to += ENTRIES * DEPTH<W>) {
+      Unit* to = left + i * CHAIN;
+      for (int64_t first = 0; first < length; first += SLICE, to += ENTRIES * CHAIN) {
         const int64_t part = smaller(SLICE, length - first);
         if (from) {
           Worker<W>::copy_units(from + first, part, units(part), to);
@@ -349,7 +349,7 @@ struct Kernel {
           const Logit z = logit(in, product, b, scale[n], inverse[n]);
           const Float<W> above = z.value - shift[n];
           const Float<W> low = Float<W>{} - 1e30f;  // minus infinity times its exponential would be NaN
-          const Float<W> x = (above < low) | (product == TAKEN) ? low : above;
+          const Float<W> x = ((above < low) | (product == TAKEN)) ? low : above;
           const Float<W> e = exp<W>(x);
           if (SUM) {
             most[n] = max<W>(x, most[n]);

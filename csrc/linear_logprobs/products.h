@@ -19,6 +19,9 @@ constexpr int PANEL = 2 * W;
 template <int W>
 constexpr int DEPTH = 2048 / W;
 
+// The same where a tile of sums stays in the cache: a longer chain of roundings would err up to twice as much as eager.
+constexpr int CHAIN = 128;
+
 template <int W, class Unit>
 struct Arithmetic;
 
@@ -64,10 +67,10 @@ LATRO_INLINE void multiply_block(
   }
 }
 
-// The same for A in rows of DEPTH units, and for A packed [units][ROWS].
+// The same for A in rows of CHAIN units, and for A packed [units][ROWS].
 template <int W, class Unit>
 void multiply_rows(int depth, const Unit* a, const Unit* b, float* c, int64_t ldc, bool add) {
-  multiply_block<W, Unit>(depth, a, DEPTH<W>, 1, b, c, ldc, add);
+  multiply_block<W, Unit>(depth, a, CHAIN, 1, b, c, ldc, add);
 }
 
 template <int W, class Unit>
@@ -76,16 +79,16 @@ void multiply_packed(int depth, const Unit* a, const Unit* b, float* c, int64_t 
 }
 
 // C = A · B for `rows` rows of A, a multiple of ROWS, and `columns` columns of panels that are `units` long. A lies in
-// slices of DEPTH units, [slices][most_rows][DEPTH]: rows a power of two apart would share their places in the cache.
+// slices of CHAIN units, [slices][most_rows][CHAIN]: rows a power of two apart would share their places in the cache.
 template <int W, class Unit>
 void multiply(
     int rows, int most_rows, int64_t units, int columns, const Unit* a, const Unit* panels, float* c, int64_t ldc) {
-  for (int64_t k = 0; k < units; k += DEPTH<W>, a += most_rows * DEPTH<W>) {
-    const int depth = static_cast<int>(units - k < DEPTH<W> ? units - k : DEPTH<W>);
+  for (int64_t k = 0; k < units; k += CHAIN, a += most_rows * CHAIN) {
+    const int depth = static_cast<int>(units - k < CHAIN ? units - k : CHAIN);
     for (int column = 0; column < columns; column += PANEL<W>) {
       const Unit* b = panels + column * units + k * PANEL<W>;
       for (int r = 0; r < rows; r += ROWS<W>) {
-        multiply_rows<W, Unit>(depth, a + r * DEPTH<W>, b, c + r * ldc + column, ldc, k > 0);
+        multiply_rows<W, Unit>(depth, a + r * CHAIN, b, c + r * ldc + column, ldc, k > 0);
       }
     }
   }
