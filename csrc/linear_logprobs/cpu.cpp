@@ -30,8 +30,9 @@ constexpr int64_t LANES = 64;       // blocks of tokens are padded to this, a mu
 constexpr int64_t BLOCK_ROWS = 12;  // of every register block a multiple
 constexpr int SUMS = 3;
 
-// The exponentials of logits that exceed their shift by this, summed over any vocabulary, are finite in float32.
-constexpr float LARGEST = 60;
+// Where the largest logit is this far from its shift, sums of exponentials over any vocabulary are finite in float32,
+// and so is one over them.
+constexpr float FARTHEST = 60;
 
 int64_t round_up(int64_t x, int64_t to) {
   return (x + to - 1) / to * to;
@@ -138,7 +139,7 @@ Rows rows_of(const Tensor& tensor) {
 }
 
 int64_t most_tokens(int64_t V, int64_t D) {
-  const int64_t of_sums = PIECE / (SUMS * sizeof(float) * ((V + STRIP - 1) / STRIP));
+  const int64_t of_sums = PIECE / (SUMS * sizeof(float) * std::max<int64_t>(1, (V + STRIP - 1) / STRIP));
   const int64_t of_hidden = PIECE / (sizeof(float) * round_up(D, LANES));
   return std::max(LANES, std::min({MOST_TOKENS, of_sums, of_hidden}) / LANES * LANES);
 }
@@ -178,6 +179,7 @@ struct Call {
     require(
         weight.scalar_type() == dtype && weight.size(1) == hidden.size(1), OP,
         ": weight must have the dtype and the columns of hidden");
+    require(hidden.size(1) > 0, OP, ": hidden must have at least one column, got ", shape(hidden));
     const InstructionSet& set = instruction_set(OP);
     kernels = dtype == ScalarType::Float ? &set.logprobs_float32 : &set.logprobs_bfloat16;
     if (bias_) {
@@ -323,9 +325,9 @@ class Forward {
           call_.problem, tokens, packed.data(), begin * panel, end * panel, found.shift.data(), memory.data());
     });
     make_logits(block, packed.data(), found);
-    if (*std::max_element(found.most.begin(), found.most.end()) > LARGEST) {
+    if (std::any_of(found.most.begin(), found.most.end(), [](float most) { return std::abs(most) > FARTHEST; })) {
       for (int64_t t = 0; t < tokens.padded; ++t) {
-        found.shift[t] += std::max(0.0f, found.most[t]);
+        found.shift[t] += found.most[t];
       }
       make_logits(block, packed.data(), found);
     }
@@ -419,7 +421,7 @@ double log_share(double x, double sum) {
 }
 
 int64_t kept_entries(const Call& call, int64_t budget) {
-  const int64_t fit = budget / (std::max<int64_t>(1, round_up(call.M, LANES)) * call.item_size());
+  const int64_t fit = budget / (std::max(LANES, round_up(call.M, LANES)) * call.item_size());
   return fit >= call.problem.V ? call.problem.V : fit / STRIP * STRIP;
 }
 
@@ -471,7 +473,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // What the gradients of a block are made with.
 struct Factors {
-  std::vector<float> shift;
+  std::vector<float> shift;   // of padding, what makes its exponentials 0: others may overflow, and 0 times them is NaN
   std::vector<float> token;   // of each token's exponentials
   std::vector<float> target;  // of the weight row or the hidden row of each target
 
@@ -484,7 +486,7 @@ struct Factors {
       const float* logps,
       const float* state,
       int64_t M)
-      : shift(block.scale.size()), token(block.scale.size()), target(block.targets.size()) {
+      : shift(block.scale.size(), INFINITY), token(block.scale.size()), target(block.targets.size()) {
     std::vector<double> of_token(block.scale.size());
     std::vector<double> of_target(block.targets.size());
     for (const int64_t m : members) {

@@ -345,7 +345,7 @@ struct Kernel {
           const Logit z = logit(in, product, b, scale[n], inverse[n]);
           const Float<W> above = z.value - shift[n];
           const Float<W> low = Float<W>{} - 1e30f;  // minus infinity times its exponential would be NaN
-          const Float<W> x = (above < low) | (product == TAKEN) ? low : above;
+          const Float<W> x = ((above < low) | (product == TAKEN)) ? low : above;
           const Float<W> e = exp<W>(x);
           if (SUM) {
             most[n] = max<W>(x, most[n]);
