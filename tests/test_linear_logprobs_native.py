@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from latro_kernels import get_memory_budget, linear_logprobs, set_memory_budget
 from latro_kernels.impl import status
@@ -91,6 +92,58 @@ def test_any_size(shape, dtype, budget, instruction_set):
         assert (ours.double() - truth).abs().max() <= tolerance * size, name
 
 
+@pytest.mark.parametrize("D", [256, 500])
+def test_error_of_long_sums_is_about_that_of_eager(D, instruction_set):
+    """Products of many columns under large logits, whose roundings are what is seen of the error."""
+
+    def run(seed, impl, dtype):
+        arguments, *_ = inputs(seed, p=0.9999, shape=(200, D, 300, 200), bias=False)
+        hidden, weight, _, rows, targets = arguments
+        return linear_logprobs(hidden.to(dtype), weight.to(dtype), rows, targets, impl=impl)
+
+    assert_error_about_eagers(
+        actual=lambda seed: run(seed, "native", torch.float32),
+        eager=lambda seed: run(seed, "reference", torch.float32),
+        exact=lambda seed: run(seed, "reference", torch.float64),
+        what=f"logps, {D} columns",
+    )
+
+
+@pytest.mark.parametrize("V, M", [(5, 0), (0, 0)])
+def test_nothing_to_score(V, M):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    none = torch.zeros(M, dtype=torch.int64)
+    linear_logprobs(hidden, weight, none, none, impl="native").sum().backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_no_columns_are_refused():
+    row = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"linear_logprobs: hidden must have at least one column, got \[3, 0\]"):
+        linear_logprobs(torch.zeros(3, 0), torch.zeros(5, 0), row, row, impl="native")
+
+
+def test_under_checkpointing():
+    (hidden, weight, bias, rows, targets), *_ = inputs()
+    weight.requires_grad_()
+
+    def score():
+        return linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="native").sum()
+
+    (expected,) = torch.autograd.grad(score(), weight)
+    (found,) = torch.autograd.grad(checkpoint(score, use_reentrant=False), weight)
+    assert torch.equal(found, expected)
+
+
+def test_the_default_device_does_not_matter():
+    (hidden, weight, bias, rows, targets), *_ = inputs()
+    expected = linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="native")
+    with torch.device("meta"):
+        found = linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="native")
+    assert torch.equal(found, expected)
+
+
 def test_what_is_made_again_is_what_was_kept(no_budget):
     arguments, direction, options = inputs(variant="softcap")
     again = results(arguments, direction, options, "native")
@@ -167,6 +220,27 @@ def test_a_logit_far_above_all_that_were_guessed_from(height, budget, instructio
     exact = results(arguments, direction, options, "reference", torch.float64)
     for name, ours, truth in zip(NAMES, results(arguments, direction, options, "native"), exact, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("height", [-200.0, 200.0])
+def test_all_that_were_guessed_from_forbidden(height, budget, instruction_set):
+    """As when an answer is one of a few tokens."""
+    (hidden, weight, _, rows, targets), direction, options = inputs()
+    allowed = torch.tensor([1, 2, 5, 383])
+    bias = torch.full((weight.shape[0],), -torch.inf).index_fill(0, allowed, height)
+    arguments = (hidden, weight, bias, rows, allowed[targets % 4])
+    exact = results(arguments, direction, options, "reference", torch.float64)
+    for name, ours, truth in zip(NAMES, results(arguments, direction, options, "native"), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("height", [88.5, 88.9])
+def test_padding_that_would_overflow_where_it_is_made_again(height, no_budget, instruction_set):
+    """e^88.9 is no float32, nor is 0 times it one; tokens are padded to 128."""
+    (hidden, weight, bias, rows, targets), direction, options = inputs()
+    bias[1] = height
+    for grad in results((hidden, weight, bias, rows, targets), direction, options, "native"):
+        assert grad.isfinite().all()
 
 
 def test_entries_that_bias_forbids(budget, instruction_set):

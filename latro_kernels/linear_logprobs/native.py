@@ -54,8 +54,8 @@ def head_of(
 
 def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
     if torch.compiler.is_compiling():  # which would make a constant of torch.tensor's argument
-        return torch.stack([torch.ones((), dtype=torch.float64) * number for number in numbers])
-    return torch.tensor(numbers, dtype=torch.float64)
+        return torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * number for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def linear_logprobs(*arguments: Any) -> Tensor:
@@ -96,10 +96,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    head = Head(*ctx.saved_tensors[: len(Head._fields)])
+    saved = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
+    head = Head(*saved[: len(Head._fields)])
     for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
     grads = new_grads(head, for_hidden, for_weight, for_bias, head.weight.dtype)
-    add_grads(grad, head, ctx.saved_tensors[len(Head._fields) :], grads, first=True)
+    add_grads(grad, head, saved[len(Head._fields) :], grads, first=True)
     return *grads.like(head), *(None for _ in range(6))
 
 
