@@ -47,19 +47,44 @@ LATRO_INLINE void store(float* p, Float<W> v) {
 }
 
 template <int W>
+LATRO_INLINE Bits<W> load(const uint32_t* p) {
+  Bits<W> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int W>
+LATRO_INLINE void store(uint32_t* p, Bits<W> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <int W>
 LATRO_INLINE Float<W> load(const Bfloat16* p) {
   typename Vector<W>::H half;
   std::memcpy(&half, p, sizeof(half));
   return (Float<W>)(__builtin_convertvector(half, Bits<W>) << 16);
 }
 
-// Rounds to nearest even; a NaN stays one.
+// The bits of v as bfloat16, to nearest even; a NaN stays one.
+#if LATRO_PAIRS == LATRO_PAIRS_AVX512
 template <int W>
-LATRO_INLINE void store(Bfloat16* p, Float<W> v) {
+LATRO_INLINE typename Vector<W>::H to_bfloat16(Float<W> v) {
+  static_assert(W == 16);
+  return (typename Vector<W>::H)_mm512_cvtneps_pbh((__m512)v);
+}
+#else
+template <int W>
+LATRO_INLINE typename Vector<W>::H to_bfloat16(Float<W> v) {
   const Bits<W> bits = (Bits<W>)v;
   const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits<W> kept = v == v ? rounded : (bits >> 16) | 0x40;
-  const typename Vector<W>::H half = __builtin_convertvector(kept, typename Vector<W>::H);
+  return __builtin_convertvector(kept, typename Vector<W>::H);
+}
+#endif
+
+template <int W>
+LATRO_INLINE void store(Bfloat16* p, Float<W> v) {
+  const typename Vector<W>::H half = to_bfloat16<W>(v);
   std::memcpy(p, &half, sizeof(half));
 }
 

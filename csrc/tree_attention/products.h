@@ -13,6 +13,30 @@ constexpr int ROWS = 6;
 // gradients, whose probabilities are computed a second time here, 10 to 20 % more than eager's.
 constexpr int SHORT_SUM = 32;
 
+// What the products multiply, in units of 32 bits: a float or, where the instruction set multiplies them, a pair of
+// bfloat16 that are neighbours in the sum. What is below takes either; rows and columns hold units.
+template <class T, bool PAIRS = HAS_PAIRS>
+struct Factor {
+  using Number = float;
+  using Unit = float;
+};
+
+template <>
+struct Factor<Bfloat16, true> {
+  using Number = Bfloat16;
+  using Unit = uint32_t;
+};
+
+template <int W>
+LATRO_INLINE Float<W> add_product(Float<W> sum, Float<W> b, float a) {
+  return sum + b * a;
+}
+
+template <int W>
+LATRO_INLINE Float<W> add_product(Float<W> sum, Bits<W> b, uint32_t a) {
+  return add_dot<W>(sum, b, Bits<W>{} + a);
+}
+
 LATRO_INLINE int round_up(int x, int to) {
   return (x + to - 1) / to * to;
 }
@@ -25,18 +49,18 @@ LATRO_INLINE int larger(int a, int b) {
   return a > b ? a : b;
 }
 
-// C[r][block * W + lane] = sum_e A[r][e] * B[block][e][lane], for M rows and N blocks of W columns.
-template <int W, int M, int N>
-void multiply_block(const float* a, int lda, const float* b, int E, float* c, int ldc) {
-  for (int first = 0; first < E; first += SHORT_SUM) {
+// C[r][block * W + lane] = sum_k A[r][k] * B[block][k][lane], for M rows and N blocks of W columns.
+template <int W, int M, int N, class Unit>
+void multiply_block(const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
+  for (int first = 0; first < K; first += SHORT_SUM) {
     Float<W> sum[M][N] = {};
-    for (int e = first; e < smaller(E, first + SHORT_SUM); ++e) {
+    for (int k = first; k < smaller(K, first + SHORT_SUM); ++k) {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        const Float<W> column = load<W>(b + (static_cast<int64_t>(n) * E + e) * W);
+        const auto column = load<W>(b + (static_cast<int64_t>(n) * K + k) * W);
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
-          sum[r][n] += column * a[static_cast<int64_t>(r) * lda + e];
+          sum[r][n] = add_product<W>(sum[r][n], column, a[static_cast<int64_t>(r) * lda + k]);
         }
       }
     }
@@ -50,23 +74,23 @@ void multiply_block(const float* a, int lda, const float* b, int E, float* c, in
 }
 
 // C[r][0..N*W] = scale[r] * C[r] + sum_k A(r, k) * B[k][0..N*W], with A(r, k) = a[r * row + k * column].
-template <int W, int M, int N>
+template <int W, int M, int N, class Unit>
 void accumulate_block(
-    const float* a, int row, int column, const float* b, int ldb, int K, float* c, int ldc, const float* scale) {
+    const Unit* a, int row, int column, const Unit* b, int ldb, int K, float* c, int ldc, const float* scale) {
   // From zero: a long sum errs less when it is put together from short ones.
   Float<W> sum[M][N] = {};
   for (int k = 0; k < K; ++k) {
-    Float<W> values[N];
+    decltype(load<W>(b)) values[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       values[n] = load<W>(b + static_cast<int64_t>(k) * ldb + n * W);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
-      const float factor = a[static_cast<int64_t>(r) * row + static_cast<int64_t>(k) * column];
+      const Unit factor = a[static_cast<int64_t>(r) * row + static_cast<int64_t>(k) * column];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        sum[r][n] += values[n] * factor;
+        sum[r][n] = add_product<W>(sum[r][n], values[n], factor);
       }
     }
   }
@@ -100,20 +124,20 @@ void accumulate_block(
       CALL(6);                     \
   }
 
-template <int W, int N>
-LATRO_INLINE void multiply_rows(int rows, const float* a, int lda, const float* b, int E, float* c, int ldc) {
-#define LATRO_CALL(M) multiply_block<W, M, N>(a, lda, b, E, c, ldc)
+template <int W, int N, class Unit>
+LATRO_INLINE void multiply_rows(int rows, const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
+#define LATRO_CALL(M) multiply_block<W, M, N>(a, lda, b, K, c, ldc)
   LATRO_FOR_ROWS(rows, LATRO_CALL)
 #undef LATRO_CALL
 }
 
-template <int W, int N>
+template <int W, int N, class Unit>
 LATRO_INLINE void accumulate_rows(
     int rows,
-    const float* a,
+    const Unit* a,
     int row,
     int column,
-    const float* b,
+    const Unit* b,
     int ldb,
     int K,
     float* c,
@@ -125,25 +149,25 @@ LATRO_INLINE void accumulate_rows(
 }
 
 // Up to ROWS rows of A against `blocks` blocks of W packed columns.
-template <int W, int N_BLOCKS>
-void multiply(int rows, int blocks, const float* a, int lda, const float* b, int E, float* c, int ldc) {
+template <int W, int N_BLOCKS, class Unit>
+void multiply(int rows, int blocks, const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
   int n = 0;
   for (; n + N_BLOCKS <= blocks; n += N_BLOCKS) {
-    multiply_rows<W, N_BLOCKS>(rows, a, lda, b + static_cast<int64_t>(n) * E * W, E, c + n * W, ldc);
+    multiply_rows<W, N_BLOCKS>(rows, a, lda, b + static_cast<int64_t>(n) * K * W, K, c + n * W, ldc);
   }
   for (; n < blocks; ++n) {
-    multiply_rows<W, 1>(rows, a, lda, b + static_cast<int64_t>(n) * E * W, E, c + n * W, ldc);
+    multiply_rows<W, 1>(rows, a, lda, b + static_cast<int64_t>(n) * K * W, K, c + n * W, ldc);
   }
 }
 
 // Up to ROWS rows of C, each `width` floats, a multiple of W.
-template <int W, int N_BLOCKS>
+template <int W, int N_BLOCKS, class Unit>
 void accumulate(
     int rows,
-    const float* a,
+    const Unit* a,
     int row,
     int column,
-    const float* b,
+    const Unit* b,
     int ldb,
     int K,
     float* c,
