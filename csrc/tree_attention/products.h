@@ -55,12 +55,17 @@ void multiply_block(const Unit* a, int lda, const Unit* b, int K, float* c, int 
   for (int first = 0; first < K; first += SHORT_SUM) {
     Float<W> sum[M][N] = {};
     for (int k = first; k < smaller(K, first + SHORT_SUM); ++k) {
+      decltype(load<W>(b)) columns[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        const auto column = load<W>(b + (static_cast<int64_t>(n) * K + k) * W);
+        columns[n] = load<W>(b + (static_cast<int64_t>(n) * K + k) * W);
+      }
 #pragma GCC unroll 8
-        for (int r = 0; r < M; ++r) {
-          sum[r][n] = add_product<W>(sum[r][n], column, a[static_cast<int64_t>(r) * lda + k]);
+      for (int r = 0; r < M; ++r) {
+        const Unit factor = a[static_cast<int64_t>(r) * lda + k];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          sum[r][n] = add_product<W>(sum[r][n], columns[n], factor);
         }
       }
     }
