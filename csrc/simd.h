@@ -47,19 +47,44 @@ LATRO_INLINE void store(float* p, Float<W> v) {
 }
 
 template <int W>
+LATRO_INLINE Bits<W> load(const uint32_t* p) {
+  Bits<W> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int W>
+LATRO_INLINE void store(uint32_t* p, Bits<W> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <int W>
 LATRO_INLINE Float<W> load(const Bfloat16* p) {
   typename Vector<W>::H half;
   std::memcpy(&half, p, sizeof(half));
   return (Float<W>)(__builtin_convertvector(half, Bits<W>) << 16);
 }
 
-// Rounds to nearest even; a NaN stays one.
+// The bits of v as bfloat16, to nearest even; a NaN stays one.
+#if LATRO_PAIRS == LATRO_PAIRS_AVX512
 template <int W>
-LATRO_INLINE void store(Bfloat16* p, Float<W> v) {
+LATRO_INLINE typename Vector<W>::H to_bfloat16(Float<W> v) {
+  static_assert(W == 16);
+  return (typename Vector<W>::H)_mm512_cvtneps_pbh((__m512)v);
+}
+#else
+template <int W>
+LATRO_INLINE typename Vector<W>::H to_bfloat16(Float<W> v) {
   const Bits<W> bits = (Bits<W>)v;
   const Bits<W> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits<W> kept = v == v ? rounded : (bits >> 16) | 0x40;
-  const typename Vector<W>::H half = __builtin_convertvector(kept, typename Vector<W>::H);
+  return __builtin_convertvector(kept, typename Vector<W>::H);
+}
+#endif
+
+template <int W>
+LATRO_INLINE void store(Bfloat16* p, Float<W> v) {
+  const typename Vector<W>::H half = to_bfloat16<W>(v);
   std::memcpy(p, &half, sizeof(half));
 }
 
@@ -133,12 +158,12 @@ LATRO_INLINE float max_of(Float<W> v) {
   return most;
 }
 
-// e^x for x <= 88, as Cephes' expf has it: 2^n e^f with |f| <= ln 2 / 2. 0 below the normal numbers.
+// e^x for x <= 88, as Cephes' expf has it: 2^n e^f with |f| <= ln 2 / 2. 0 from -88 down.
 template <int W>
 LATRO_INLINE Float<W> exp(Float<W> x) {
-  const Float<W> low = Float<W>{} - 87.0f;
+  const Float<W> low = Float<W>{} - 88.0f;
   const Float<W> clamped = x < low ? low : x;
-  const Float<W> shifter = Float<W>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Float<W> shifter = Float<W>{} + (12582912.0f + 127);  // 1.5 * 2^23, which rounds to an integer; 127 is 2^0
   const Float<W> shifted = clamped * 1.44269504f + shifter;
   const Float<W> n = shifted - shifter;
   const Float<W> f =
@@ -150,10 +175,8 @@ LATRO_INLINE Float<W> exp(Float<W> x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  const Bits<W> exponent = ((Bits<W>)shifted) << 23;  // the integer sits in the low bits of the shifted number
-  const Float<W> power = (Float<W>)((Bits<W>)p + exponent);
-  // Adding to the exponent would make a number of some NaNs.
-  return x < low ? Float<W>{} : (x == x ? power : x);
+  // The integer sits in the low bits of the shifted number; at -88 it is 0, and so is the power.
+  return p * (Float<W>)(((Bits<W>)shifted) << 23);
 }
 
 // Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
