@@ -158,12 +158,12 @@ LATRO_INLINE float max_of(Float<W> v) {
   return most;
 }
 
-// e^x for x <= 88, as Cephes' expf has it: 2^n e^f with |f| <= ln 2 / 2. 0 below the normal numbers.
+// e^x for x <= 88, as Cephes' expf has it: 2^n e^f with |f| <= ln 2 / 2. 0 from -88 down.
 template <int W>
 LATRO_INLINE Float<W> exp(Float<W> x) {
-  const Float<W> low = Float<W>{} - 87.0f;
+  const Float<W> low = Float<W>{} - 88.0f;
   const Float<W> clamped = x < low ? low : x;
-  const Float<W> shifter = Float<W>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Float<W> shifter = Float<W>{} + (12582912.0f + 127);  // 1.5 * 2^23, which rounds to an integer; 127 is 2^0
   const Float<W> shifted = clamped * 1.44269504f + shifter;
   const Float<W> n = shifted - shifter;
   const Float<W> f =
@@ -175,10 +175,8 @@ LATRO_INLINE Float<W> exp(Float<W> x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  const Bits<W> exponent = ((Bits<W>)shifted) << 23;  // the integer sits in the low bits of the shifted number
-  const Float<W> power = (Float<W>)((Bits<W>)p + exponent);
-  // Adding to the exponent would make a number of some NaNs.
-  return x < low ? Float<W>{} : (x == x ? power : x);
+  // The integer sits in the low bits of the shifted number; at -88 it is 0, and so is the power.
+  return p * (Float<W>)(((Bits<W>)shifted) << 23);
 }
 
 // Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.

@@ -81,6 +81,8 @@ struct Worker {
   // backward, the scores of a whole tile and their gradients do.
   static constexpr int CHUNK = 256;
   static constexpr int BACKWARD_CHUNK = 128;
+  // Rows to prefetch: in a model's layout the rows of a head are too far apart for the hardware to.
+  static constexpr int AHEAD = 8;
 
   using Number = typename Factor<T>::Number;
   using Unit = typename Factor<T>::Unit;
@@ -198,9 +200,16 @@ struct Worker {
     }
   }
 
+  void prefetch_row(const T* row) const {
+    for (int e = 0; e < E; e += 64 / sizeof(T)) {
+      __builtin_prefetch(row + e);
+    }
+  }
+
   // One operand's rows of n tokens at slots from `depth` on, as lanes of packed columns.
   void pack_columns(const Operand& operand, int begin, int n, int depth, Unit* packed) {
     for (int i = 0; i < n; ++i) {
+      prefetch_row(row_of(operand, head, begin + smaller(i + AHEAD, n - 1)));
       copy_row<W>(row_of(operand, head, begin + i), E, packing, padded);
       const Unit* from = reinterpret_cast<const Unit*>(packing);
       const int slot = depth + i;
@@ -214,6 +223,7 @@ struct Worker {
   // The same rows, each beside the one that it makes pairs with.
   void pair_slots(const Operand& operand, int begin, int n, int depth, Unit* pairs) {
     for (int i = 0; i < n; ++i) {
+      prefetch_row(row_of(operand, head, begin + smaller(i + AHEAD, n - 1)));
       pair_row(row_of(operand, head, begin + i), depth + i, pairs);
     }
   }
@@ -235,6 +245,7 @@ struct Worker {
 
   void load_rows(const Operand& operand, int begin, int count, Number* to) {
     for (int r = 0; r < count; ++r) {
+      prefetch_row(tile_row(operand, begin, smaller(r + AHEAD, count - 1)));
       copy_row<W>(tile_row(operand, begin, r), E, to + static_cast<int64_t>(r) * padded, padded);
     }
   }
@@ -299,9 +310,9 @@ struct Worker {
     const int from = blocks.begin * W;
     const int to = smaller(blocks.end * W, columns);
     accumulate<W, N_BLOCKS>(
-        count, reinterpret_cast<const Unit*>(a) + from / NUMBERS, stride, 1,
+        count, padded / W, reinterpret_cast<const Unit*>(a) + from / NUMBERS, stride, 1,
         pairs + static_cast<int64_t>((first + from) / NUMBERS) * padded, padded, (to - from + NUMBERS - 1) / NUMBERS, c,
-        padded, padded, scale);
+        padded, scale);
   }
 
   // One row of scores to numbers e^(score - maximum), in its place, with the running maximum and sum.
@@ -322,11 +333,15 @@ struct Worker {
     const float before = row_max[r];
     const float now = max_of<W>(most) > before ? max_of<W>(most) : before;
     const float shift = now == MINUS_INFINITY ? 0 : now;
-    Float<W> total = {};
+    Number* numbers = reinterpret_cast<Number*>(s);
     for (int b = blocks.begin; b < blocks.end; ++b) {
       const Float<W> p = exp<W>(load<W>(s + b * W) - shift);
-      store<W>(reinterpret_cast<Number*>(s) + b * W, p);
-      total += p;
+      store<W>(numbers + b * W, p);
+    }
+    // In a loop of its own: in the one above its sum finds no register, and each step waits for the last one's store.
+    Float<W> total = {};
+    for (int b = blocks.begin; b < blocks.end; ++b) {
+      total += load<W>(numbers + b * W);
     }
     *scale = before == now ? 1 : exp<W>(Float<W>{} + (before - shift))[0];
     row_max[r] = now;
@@ -399,6 +414,7 @@ struct Worker {
     load_rows_and_pairs(in.grad_out, begin, all, grad_out_rows, grad_out_pairs);
     std::memset(grad_q, 0, sizeof(float) * all * padded);
     for (int r = 0; r < all; ++r) {
+      prefetch_row(tile_row(in.out, begin, smaller(r + AHEAD, all - 1)));
       load_row_terms(r, begin);
     }
 
@@ -512,11 +528,11 @@ struct Worker {
       const int64_t rows_at = static_cast<int64_t>(row) * padded;
       const int64_t slot_at = static_cast<int64_t>(slot) * padded;
       accumulate<W, N_BLOCKS>(
-          count, probability_pairs + scores_at, 1, BACKWARD_CHUNK, grad_out_pairs + rows_at, padded, rows,
-          grad_v + slot_at, padded, padded, nullptr);
+          count, padded / W, probability_pairs + scores_at, 1, BACKWARD_CHUNK, grad_out_pairs + rows_at, padded, rows,
+          grad_v + slot_at, padded, nullptr);
       accumulate<W, N_BLOCKS>(
-          count, score_grad_pairs + scores_at, 1, BACKWARD_CHUNK, query_pairs + rows_at, padded, rows, grad_k + slot_at,
-          padded, padded, nullptr);
+          count, padded / W, score_grad_pairs + scores_at, 1, BACKWARD_CHUNK, query_pairs + rows_at, padded, rows,
+          grad_k + slot_at, padded, nullptr);
     }
   }
 };

@@ -49,32 +49,50 @@ LATRO_INLINE int larger(int a, int b) {
   return a > b ? a : b;
 }
 
-// C[r][block * W + lane] = sum_k A[r][k] * B[block][k][lane], for M rows and N blocks of W columns.
+// An initialiser would be a memset, and through memory.
+template <int W, int M, int N>
+LATRO_INLINE void set_to_zero(Float<W> (&sum)[M][N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      sum[r][n] = Float<W>{};
+    }
+  }
+}
+
+// C[r][block * W + lane] = sum_k A[r][k] * B[block][k][lane], for M rows and as many times N blocks of W columns as
+// there are in `blocks`.
 template <int W, int M, int N, class Unit>
-void multiply_block(const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
-  for (int first = 0; first < K; first += SHORT_SUM) {
-    Float<W> sum[M][N] = {};
-    for (int k = first; k < smaller(K, first + SHORT_SUM); ++k) {
-      decltype(load<W>(b)) columns[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        columns[n] = load<W>(b + (static_cast<int64_t>(n) * K + k) * W);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) {
-        const Unit factor = a[static_cast<int64_t>(r) * lda + k];
+void multiply_blocks(int blocks, const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
+  for (; blocks >= N; blocks -= N) {
+    for (int first = 0; first < K; first += SHORT_SUM) {
+      Float<W> sum[M][N];
+      set_to_zero<W>(sum);
+      for (int k = first; k < smaller(K, first + SHORT_SUM); ++k) {
+        decltype(load<W>(b)) columns[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-          sum[r][n] = add_product<W>(sum[r][n], columns[n], factor);
+          columns[n] = load<W>(b + (static_cast<int64_t>(n) * K + k) * W);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < M; ++r) {
+          const Unit factor = a[static_cast<int64_t>(r) * lda + k];
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) {
+            sum[r][n] = add_product<W>(sum[r][n], columns[n], factor);
+          }
+        }
+      }
+      for (int r = 0; r < M; ++r) {
+        for (int n = 0; n < N; ++n) {
+          float* to = c + r * ldc + n * W;
+          store<W>(to, first ? load<W>(to) + sum[r][n] : sum[r][n]);
         }
       }
     }
-    for (int r = 0; r < M; ++r) {
-      for (int n = 0; n < N; ++n) {
-        float* to = c + r * ldc + n * W;
-        store<W>(to, first ? load<W>(to) + sum[r][n] : sum[r][n]);
-      }
-    }
+    b += static_cast<int64_t>(N) * K * W;
+    c += N * W;
   }
 }
 
@@ -83,7 +101,8 @@ template <int W, int M, int N, class Unit>
 void accumulate_block(
     const Unit* a, int row, int column, const Unit* b, int ldb, int K, float* c, int ldc, const float* scale) {
   // From zero: a long sum errs less when it is put together from short ones.
-  Float<W> sum[M][N] = {};
+  Float<W> sum[M][N];
+  set_to_zero<W>(sum);
   for (int k = 0; k < K; ++k) {
     decltype(load<W>(b)) values[N];
 #pragma GCC unroll 8
@@ -129,46 +148,26 @@ void accumulate_block(
       CALL(6);                     \
   }
 
+// Up to ROWS rows of A against `blocks` blocks of W packed columns, N at a time while they last.
 template <int W, int N, class Unit>
-LATRO_INLINE void multiply_rows(int rows, const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
-#define LATRO_CALL(M) multiply_block<W, M, N>(a, lda, b, K, c, ldc)
-  LATRO_FOR_ROWS(rows, LATRO_CALL)
-#undef LATRO_CALL
-}
-
-template <int W, int N, class Unit>
-LATRO_INLINE void accumulate_rows(
-    int rows,
-    const Unit* a,
-    int row,
-    int column,
-    const Unit* b,
-    int ldb,
-    int K,
-    float* c,
-    int ldc,
-    const float* scale) {
-#define LATRO_CALL(M) accumulate_block<W, M, N>(a, row, column, b, ldb, K, c, ldc, scale)
-  LATRO_FOR_ROWS(rows, LATRO_CALL)
-#undef LATRO_CALL
-}
-
-// Up to ROWS rows of A against `blocks` blocks of W packed columns.
-template <int W, int N_BLOCKS, class Unit>
 void multiply(int rows, int blocks, const Unit* a, int lda, const Unit* b, int K, float* c, int ldc) {
-  int n = 0;
-  for (; n + N_BLOCKS <= blocks; n += N_BLOCKS) {
-    multiply_rows<W, N_BLOCKS>(rows, a, lda, b + static_cast<int64_t>(n) * K * W, K, c + n * W, ldc);
-  }
-  for (; n < blocks; ++n) {
-    multiply_rows<W, 1>(rows, a, lda, b + static_cast<int64_t>(n) * K * W, K, c + n * W, ldc);
+#define LATRO_CALL(M) multiply_blocks<W, M, N>(blocks, a, lda, b, K, c, ldc)
+  LATRO_FOR_ROWS(rows, LATRO_CALL)
+#undef LATRO_CALL
+  if constexpr (N > 1) {
+    const int rest = blocks % N;
+    const int done = blocks - rest;
+    if (rest > 0) {
+      multiply<W, N / 2>(rows, rest, a, lda, b + static_cast<int64_t>(done) * K * W, K, c + done * W, ldc);
+    }
   }
 }
 
-// Up to ROWS rows of C, each `width` floats, a multiple of W.
-template <int W, int N_BLOCKS, class Unit>
+// Up to ROWS rows of C, each of `blocks` vectors, N at a time while they last.
+template <int W, int N, class Unit>
 void accumulate(
     int rows,
+    int blocks,
     const Unit* a,
     int row,
     int column,
@@ -177,17 +176,18 @@ void accumulate(
     int K,
     float* c,
     int ldc,
-    int width,
     const float* scale) {
-  int n = 0;
-  for (; n + N_BLOCKS * W <= width; n += N_BLOCKS * W) {
-    accumulate_rows<W, N_BLOCKS>(rows, a, row, column, b + n, ldb, K, c + n, ldc, scale);
+  for (; blocks >= N; blocks -= N) {
+#define LATRO_CALL(M) accumulate_block<W, M, N>(a, row, column, b, ldb, K, c, ldc, scale)
+    LATRO_FOR_ROWS(rows, LATRO_CALL)
+#undef LATRO_CALL
+    b += N * W;
+    c += N * W;
   }
-  for (; n + 2 * W <= width; n += 2 * W) {
-    accumulate_rows<W, 2>(rows, a, row, column, b + n, ldb, K, c + n, ldc, scale);
-  }
-  for (; n < width; n += W) {
-    accumulate_rows<W, 1>(rows, a, row, column, b + n, ldb, K, c + n, ldc, scale);
+  if constexpr (N > 1) {
+    if (blocks > 0) {
+      accumulate<W, N / 2>(rows, blocks, a, row, column, b, ldb, K, c, ldc, scale);
+    }
   }
 }
 
