@@ -109,7 +109,7 @@ def test_error_of_long_sums_is_about_that_of_eager(D, instruction_set):
     )
 
 
-@pytest.mark.parametrize("V, M", [(5, 0), (0, 0)])
+@pytest.mark.parametrize(("V", "M"), [(5, 0), (0, 0)])
 def test_nothing_to_score(V, M):
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
     none = torch.zeros(M, dtype=torch.int64)
