@@ -48,7 +48,7 @@ STABLE_TORCH_LIBRARY(latro_kernels, m) {
 }
 
 // Importing the module is what runs the registrations; it holds nothing else.
-extern "C" PyMODINIT_FUNC PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
