@@ -158,3 +158,15 @@ def test_an_objective_without_gradient_moves_nothing():
     hidden.requires_grad_()
     fused_self_reward_loss(hidden, weight, scored, objective=Constant(), impl="native").loss.backward()
     assert not hidden.grad.any()
+
+
+def test_a_tensor_that_would_silently_get_no_gradient_is_refused():
+    class Owns:
+        scale = torch.ones((), requires_grad=True)
+
+        def __call__(self, logps, scored, extras):
+            return (logps * self.scale).sum()
+
+    hidden, weight, _, scored, _ = inputs()
+    with pytest.raises(ValueError, match="objective must reach tensors that require gradients through extras, got one"):
+        fused_self_reward_loss(hidden.requires_grad_(), weight, scored, objective=Owns(), impl="native")

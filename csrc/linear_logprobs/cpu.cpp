@@ -1,7 +1,9 @@
 // linear_logprobs for CPU tensors: checks, the plan of a call, threads, and what is kept or made again.
 //
 // Tokens go in blocks and the vocabulary in strips of fixed size, so that results do not depend on the number of
-// threads. Beside what it returns, a call needs a constant amount of memory: PIECE, four times, and scratch of threads.
+// threads. Beside what it returns, a call needs a constant amount of memory, PIECE four times and scratch of threads;
+// and for bfloat16 tokens of several blocks, whose gradients of weight add up in float32, a float32 copy of that
+// gradient.
 
 #include <torch/csrc/stable/library.h>
 

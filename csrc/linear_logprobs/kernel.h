@@ -497,11 +497,15 @@ struct Kernel {
   }
 
   static float bias_grad(const Tokens& tokens, const T* e, const float* factor) {
-    Float<W> total = {};
-    for (int64_t t = 0; t < tokens.padded; t += W) {
-      total += load<W>(e + t) * load<W>(factor + t);
+    double total = 0;
+    for (int64_t first = 0; first < tokens.padded; first += CHAIN) {
+      Float<W> part = {};
+      for (int64_t t = first; t < smaller(first + CHAIN, tokens.padded); t += W) {
+        part += load<W>(e + t) * load<W>(factor + t);
+      }
+      total += sum<W>(part);
     }
-    return sum<W>(total);
+    return static_cast<float>(total);
   }
 
   static void write_grad(const float* from, int64_t count, int64_t at, const WeightGrad& grad) {

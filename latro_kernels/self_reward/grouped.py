@@ -95,7 +95,25 @@ def _coefficients(terms_of: Callable[[Tensor], SelfRewardTerms], logps: Tensor) 
     with torch.enable_grad():
         leaf = logps.clone().requires_grad_()
         terms = terms_of(leaf)
+        _refuse_other_leaves(terms.loss, leaf)
         if not terms.loss.requires_grad:  # the objective does not depend on the log-probs
             return terms, torch.zeros_like(logps)
         (coefficients,) = torch.autograd.grad(terms.loss, leaf)
     return terms, coefficients
+
+
+def _refuse_other_leaves(loss: Tensor, logps: Tensor) -> None:
+    """A tensor of the objective's own that requires a gradient would silently get none."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", logps)  # that a leaf's node adds gradients to
+        if variable is not logps:
+            raise ValueError(
+                "fused_self_reward_loss: objective must reach tensors that require gradients through extras, "
+                f"got one of its own of shape {list(variable.shape)}"
+            )
+        nodes.extend(function for function, _ in node.next_functions)

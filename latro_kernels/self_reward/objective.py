@@ -31,6 +31,8 @@ class Objective(Protocol):
     Make it a frozen dataclass: torch.compile and caches compare it by value. `extras` holds what the caller gave
     besides: ref_logps [M], advantage [R], denominator, and tensors of its own. A property `couples` may say that a
     token's gradient depends on its own prompt's rationales alone ("group"); else it may depend on the whole "batch".
+    One that couples a "group" may be called several times, with the log-probs of later prompts still 0. Tensors that
+    require gradients come as extras.
     """
 
     def __call__(self, logps: Tensor, scored: ScoredTokens, extras: Mapping[str, Any]) -> Tensor: ...
