@@ -1,4 +1,4 @@
-// linear_logprobs for CPU tensors: checks, the plan of a call, threads, and what is kept or made again.
+// linear_logprobs for CPU tensors: threads, and what is kept or made again.
 //
 // Tokens go in blocks and the vocabulary in strips of fixed size, so that results do not depend on the number of
 // threads. Beside what it returns, a call needs a constant amount of memory, PIECE four times and scratch of threads;
@@ -9,289 +9,20 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
-#include "../cpu/instruction_set.h"
+#include "call.h"
 
 namespace latro::linear_logprobs {
 namespace {
 
-constexpr const char* OP = "linear_logprobs";
-
-constexpr int64_t PIECE = 12 << 20;  // bytes
-constexpr int64_t STRIP = 192;       // vocabulary entries: two of the kernel's blocks
-constexpr int64_t MOST_TOKENS = 2048;
-constexpr int64_t LANES = 64;       // blocks of tokens are padded to this, a multiple of every panel and vector
-constexpr int64_t BLOCK_ROWS = 12;  // of every register block a multiple
-constexpr int SUMS = 3;
-
 // Where the largest logit is this far from its shift, sums of exponentials over any vocabulary are finite in float32,
 // and so is one over them.
 constexpr float FARTHEST = 60;
-
-int64_t round_up(int64_t x, int64_t to) {
-  return (x + to - 1) / to * to;
-}
-
-// Memory that is not set to zero, and whose pages are first touched by the threads that fill it.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(
-            static_cast<T*>(std::aligned_alloc(64, std::max<int64_t>(64, round_up(size * sizeof(T), 64)))),
-            &std::free) {
-    require(data_ != nullptr, OP, ": cannot allocate ", size * sizeof(T), " bytes");
-  }
-  T* data() const {
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T, decltype(&std::free)> data_;
-};
-
-// Consecutive projected tokens, and where each scored token is among them.
-struct Block {
-  int64_t first;  // of all projected tokens
-  std::vector<int64_t> rows;
-  std::vector<float> scale;
-  std::vector<float> inv_temperature;
-  std::vector<Target> targets;
-
-  Tokens tokens() const {
-    const int64_t padded = scale.size();
-    return {
-        static_cast<int64_t>(rows.size()),   padded, rows.data(), scale.data(), inv_temperature.data(), targets.data(),
-        static_cast<int64_t>(targets.size())};
-  }
-};
-
-struct Place {
-  int64_t token;   // in its block
-  int64_t target;  // in its block
-};
-
-// Which logits to make: a hidden row that is scored several times at one temperature is projected once.
-struct Plan {
-  std::vector<Block> blocks;
-  std::vector<std::vector<int64_t>> members;  // of each block, the scored tokens
-  std::vector<Place> places;                  // [M]
-
-  Plan(
-      const int64_t* rows,
-      const int64_t* targets,
-      const std::vector<double>& temperatures,
-      float logit_scale,
-      int64_t most_tokens)
-      : places(temperatures.size()) {
-    const int64_t M = temperatures.size();
-    std::vector<int64_t> order(M);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return std::make_pair(rows[a], temperatures[a]) < std::make_pair(rows[b], temperatures[b]);
-    });
-    int64_t count = 0;
-    for (int64_t i = 0; i < M; ++i) {
-      const int64_t m = order[i];
-      const int64_t before = i ? order[i - 1] : -1;
-      if (i == 0 || rows[m] != rows[before] || temperatures[m] != temperatures[before]) {
-        if (count % most_tokens == 0) {
-          blocks.push_back({count, {}, {}, {}, {}});
-          members.emplace_back();
-        }
-        blocks.back().rows.push_back(rows[m]);
-        blocks.back().scale.push_back(static_cast<float>(logit_scale / temperatures[m]));
-        blocks.back().inv_temperature.push_back(static_cast<float>(1 / temperatures[m]));
-        ++count;
-      }
-      places[m].token = blocks.back().rows.size() - 1;
-      members.back().push_back(m);
-    }
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      place_targets(blocks[b], members[b], targets);
-      const int64_t padded = round_up(blocks[b].rows.size(), LANES);
-      blocks[b].scale.resize(padded, 1);
-      blocks[b].inv_temperature.resize(padded, 1);
-    }
-  }
-
-  void place_targets(Block& block, std::vector<int64_t> of_block, const int64_t* targets) {
-    const auto key = [&](int64_t m) { return std::make_pair(targets[m], places[m].token); };
-    std::sort(of_block.begin(), of_block.end(), [&](int64_t a, int64_t b) { return key(a) < key(b); });
-    for (size_t i = 0; i < of_block.size(); ++i) {
-      const int64_t m = of_block[i];
-      if (i == 0 || key(m) != key(of_block[i - 1])) {
-        block.targets.push_back({static_cast<int32_t>(targets[m]), static_cast<int32_t>(places[m].token)});
-      }
-      places[m].target = block.targets.size() - 1;
-    }
-  }
-};
-
-Rows rows_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0)};
-}
-
-int64_t most_tokens(int64_t V, int64_t D) {
-  const int64_t of_sums = PIECE / (SUMS * sizeof(float) * std::max<int64_t>(1, (V + STRIP - 1) / STRIP));
-  const int64_t of_hidden = PIECE / (sizeof(float) * round_up(D, LANES));
-  return std::max(LANES, std::min({MOST_TOKENS, of_sums, of_hidden}) / LANES * LANES);
-}
-
-template <class F>
-void in_parallel(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, f);
-}
-
-// The arguments of a call, kept alive while its pointers are used.
-struct Call {
-  Tensor hidden, weight;
-  ScalarType dtype;
-  int64_t M;
-  Problem problem{};
-  std::vector<float> bias;
-  std::vector<double> temperatures;
-  Tensor rows, targets;
-  std::optional<Plan> plan;
-  const Kernels* kernels;
-
-  Call(
-      const Tensor& hidden_,
-      const Tensor& weight_,
-      const std::optional<Tensor>& bias_,
-      const Tensor& rows_,
-      const Tensor& targets_,
-      const Tensor& numbers_,
-      const std::optional<Tensor>& temperatures_)
-      : hidden(matrix("hidden", hidden_)),
-        weight(matrix("weight", weight_)),
-        dtype(hidden.scalar_type()),
-        M(rows_.numel()) {
-    require(
-        dtype == ScalarType::Float || dtype == ScalarType::BFloat16, OP, ": hidden must be float32 or bfloat16, got ",
-        torch::headeronly::toString(dtype));
-    require(
-        weight.scalar_type() == dtype && weight.size(1) == hidden.size(1), OP,
-        ": weight must have the dtype and the columns of hidden");
-    require(hidden.size(1) > 0, OP, ": hidden must have at least one column, got ", shape(hidden));
-    const InstructionSet& set = instruction_set(OP);
-    kernels = dtype == ScalarType::Float ? &set.logprobs_float32 : &set.logprobs_bfloat16;
-    if (bias_) {
-      read_bias(*bias_);
-    }
-    rows = vector_argument(OP, "rows", rows_, M, ScalarType::Long, hidden);
-    targets = vector_argument(OP, "targets", targets_, M, ScalarType::Long, hidden);
-    check_index("rows", rows, hidden.size(0));
-    check_index("targets", targets, weight.size(0));
-    const Tensor numbers = vector_argument(OP, "numbers", numbers_, 3, ScalarType::Double, numbers_);
-    const double* number = numbers.const_data_ptr<double>();
-    temperatures.assign(M, number[0]);
-    if (temperatures_) {
-      read_temperatures(*temperatures_);
-    }
-    problem = {
-        weight.size(0),
-        weight.size(1),
-        rows_of(hidden),
-        rows_of(weight),
-        bias_ ? bias.data() : nullptr,
-        static_cast<float>(number[2]),
-        static_cast<float>(number[1])};
-    plan.emplace(
-        rows.const_data_ptr<int64_t>(), targets.const_data_ptr<int64_t>(), temperatures, problem.logit_scale,
-        most_tokens(problem.V, problem.D));
-  }
-
-  static Tensor matrix(const char* name, const Tensor& tensor) {
-    require(tensor.dim() == 2, OP, ": ", name, " must have two dimensions, got ", shape(tensor));
-    return tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-  }
-
-  void read_bias(const Tensor& given) {
-    const Tensor values =
-        torch::stable::to(vector_argument(OP, "bias", given, weight.size(0), dtype, hidden), ScalarType::Float);
-    bias.assign(values.const_data_ptr<float>(), values.const_data_ptr<float>() + values.numel());
-  }
-
-  void read_temperatures(const Tensor& given) {
-    const Tensor values = vector_argument(OP, "temperatures", given, M, ScalarType::Double, hidden);
-    temperatures.assign(values.const_data_ptr<double>(), values.const_data_ptr<double>() + M);
-  }
-
-  void check_index(const char* name, const Tensor& index, int64_t limit) const {
-    const int64_t* values = index.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < M; ++i) {
-      require(
-          0 <= values[i] && values[i] < limit, OP, ": ", name, " must be in [0, ", limit, "), got ", values[i],
-          " at index ", i);
-    }
-  }
-
-  int64_t item_size() const {
-    return dtype == ScalarType::Float ? 4 : 2;
-  }
-
-  int64_t strips() const {
-    return (problem.V + STRIP - 1) / STRIP;
-  }
-
-  Entries strip(int64_t s) const {
-    return {s * STRIP, std::min(problem.V, (s + 1) * STRIP)};
-  }
-
-  // Vocabulary entries whose exponentials are made at once where they are not kept.
-  int64_t chunk(const Tokens& tokens) const {
-    return std::max<int64_t>(1, PIECE / (tokens.padded * item_size() * STRIP)) * STRIP;
-  }
-
-  Buffer<float> scratch(const Tokens& tokens) const {
-    return Buffer<float>(kernels->scratch_size(problem, tokens.padded));
-  }
-
-  Buffer<char> packed(const Tokens& tokens) const {
-    return Buffer<char>(kernels->packed_size(problem, tokens.padded));
-  }
-
-  void pack_hidden(const Tokens& tokens, void* packed) const {
-    in_parallel(tokens.padded / kernels->panel, [&](int64_t begin, int64_t end) {
-      kernels->pack_hidden(problem, tokens, begin * kernels->panel, end * kernels->panel, packed);
-    });
-  }
-
-  void hidden_grad(const Tokens& tokens, const Exponentials& kept, Entries entries, bool add, float* grad) const {
-    const int64_t width = round_up(problem.D, kernels->panel);
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t column_tasks =
-        std::max((width + HIDDEN_GRAD_COLUMNS - 1) / HIDDEN_GRAD_COLUMNS, std::min(threads, width / 128));
-    const int64_t columns = round_up((width + column_tasks - 1) / column_tasks, kernels->panel);
-    const int64_t token_tasks = (threads + column_tasks - 1) / column_tasks;
-    const int64_t rows = round_up((tokens.padded + token_tasks - 1) / token_tasks, BLOCK_ROWS);
-    in_parallel(column_tasks * token_tasks, [&](int64_t begin, int64_t end) {
-      const Buffer<float> memory = scratch(tokens);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t column = task % column_tasks * columns;
-        const int64_t row = task / column_tasks * rows;
-        if (column < width && row < tokens.padded) {
-          kernels->hidden_grad(
-              problem, kept, entries, row, std::min(tokens.padded, row + rows), column,
-              std::min(width, column + columns), add, grad, grad_stride(), memory.data());
-        }
-      }
-    });
-  }
-
-  int64_t grad_stride() const {
-    return round_up(problem.D, LANES);
-  }
-};
 
 // What the forward pass finds of each token of a block.
 struct Statistics {
@@ -375,18 +106,13 @@ class Forward {
       Exponentials out,
       int64_t kept) const {
     const int64_t first = entries.begin / STRIP;
-    in_parallel((entries.end - entries.begin + STRIP - 1) / STRIP, [&](int64_t begin, int64_t end) {
-      const Buffer<float> memory = call_.scratch(tokens);
-      for (int64_t i = begin; i < end; ++i) {
-        float* of_strip = sums + (first + i) * SUMS * tokens.padded;
-        const Sums to = {
-            of_strip, of_strip + tokens.padded, of_strip + 2 * tokens.padded, found.target.data(), found.slope.data()};
-        const Exponentials part = {
-            static_cast<char*>(out.data) + i * STRIP * out.stride * call_.item_size(), out.stride};
-        call_.kernels->exponentials(
-            call_.problem, tokens, packed, found.shift.data(), call_.strip(first + i), &to,
-            i * STRIP < kept ? &part : nullptr, memory.data());
-      }
+    call_.for_strips(tokens, entries, [&](int64_t i, Entries strip, float* memory) {
+      float* of_strip = sums + (first + i) * SUMS * tokens.padded;
+      const Sums to = {
+          of_strip, of_strip + tokens.padded, of_strip + 2 * tokens.padded, found.target.data(), found.slope.data()};
+      const Exponentials part = call_.part(out, i);
+      call_.kernels->exponentials(
+          call_.problem, tokens, packed, found.shift.data(), strip, &to, i * STRIP < kept ? &part : nullptr, memory);
     });
   }
 
@@ -569,28 +295,14 @@ class Backward {
     return scaled;
   }
 
-  template <class F>
-  void for_strips(const Tokens& tokens, Entries entries, const F& f) const {
-    in_parallel((entries.end - entries.begin + STRIP - 1) / STRIP, [&](int64_t begin, int64_t end) {
-      const Buffer<float> memory = call_.scratch(tokens);
-      for (int64_t i = begin; i < end; ++i) {
-        f(i, Entries{entries.begin + i * STRIP, std::min(entries.end, entries.begin + (i + 1) * STRIP)}, memory.data());
-      }
-    });
-  }
-
-  Exponentials part(const Exponentials& whole, int64_t strip) const {
-    return {static_cast<char*>(whole.data) + strip * STRIP * whole.stride * call_.item_size(), whole.stride};
-  }
-
   void make_again(
       const Tokens& tokens,
       const void* packed,
       const Factors& factors,
       Entries entries,
       const Exponentials& out) const {
-    for_strips(tokens, entries, [&](int64_t i, Entries strip, float* memory) {
-      const Exponentials to = part(out, i);
+    call_.for_strips(tokens, entries, [&](int64_t i, Entries strip, float* memory) {
+      const Exponentials to = call_.part(out, i);
       call_.kernels->exponentials(call_.problem, tokens, packed, factors.shift.data(), strip, nullptr, &to, memory);
     });
   }
@@ -609,9 +321,9 @@ class Backward {
     if (!grads_.weight && !grads_.bias) {
       return;
     }
-    for_strips(tokens, entries, [&](int64_t i, Entries strip, float* memory) {
+    call_.for_strips(tokens, entries, [&](int64_t i, Entries strip, float* memory) {
       call_.kernels->weight_grad(
-          call_.problem, tokens, scaled, part(made, i), strip, weight_grad(strip, factors, first), memory);
+          call_.problem, tokens, scaled, call_.part(made, i), strip, weight_grad(strip, factors, first), memory);
     });
   }
 

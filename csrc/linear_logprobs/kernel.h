@@ -10,8 +10,10 @@ namespace {
 // Vocabulary entries whose products are in the second-level cache at once, with columns of them beside.
 constexpr int ENTRIES = 96;
 constexpr int COLUMNS = 256;
-constexpr int GRAD_TOKENS = 192;
 constexpr int TILE_STRIDE = COLUMNS + 16;  // rows of a tile a power of two apart would share their places in the cache
+
+// Tokens whose exponentials lie packed in that cache at once, for the gradient of hidden.
+constexpr int GRAD_TOKENS = 192;
 
 // Of a product whose logit does not count.
 constexpr float TAKEN = -__builtin_inff();
@@ -47,10 +49,10 @@ LATRO_INLINE uint32_t pair(Bfloat16 low, Bfloat16 high) {
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
-// One number for each token or column.
+// Copies of rows of numbers as units; zeros behind the last.
 template <int W>
-struct Worker {
-  // Units along a row: to[0..padded) from from[0..count), zeros behind.
+struct Units {
+  // Along a row: to[0..padded) from from[0..count).
   static void copy_units(const float* from, int64_t count, int64_t padded, float* to) {
     std::memcpy(to, from, sizeof(float) * count);
     std::memset(to + count, 0, sizeof(float) * (padded - count));
@@ -72,7 +74,7 @@ struct Worker {
     std::memcpy(to, from, sizeof(Bfloat16) * count);
   }
 
-  // Units across rows that follow each other: a row of `count` numbers, beside the next when units are pairs.
+  // Across rows that follow each other: a row of `count` numbers, beside the next when units are pairs.
   template <class T>
   static void copy_across(const T* from, const T* /*next*/, int64_t count, int64_t padded, float* to) {
     copy_units(from, count, padded, to);
@@ -153,7 +155,7 @@ struct Kernel {
             from_float(scaled[part] + i, from && column + i < in.D ? to_float(from[column + i]) * factor[t] : 0);
           }
         }
-        Worker<W>::copy_across(scaled[0], scaled[UNIT - 1], P, P, to);
+        Units<W>::copy_across(scaled[0], scaled[UNIT - 1], P, P, to);
       }
     }
   }
@@ -169,7 +171,7 @@ struct Kernel {
       for (int64_t first = 0; first < length; first += SLICE, to += ENTRIES * CHAIN) {
         const int64_t part = smaller(SLICE, length - first);
         if (from) {
-          Worker<W>::copy_units(from + first, part, units(part), to);
+          Units<W>::copy_units(from + first, part, units(part), to);
         } else {
           std::memset(to, 0, sizeof(Unit) * units(part));
         }
@@ -178,7 +180,7 @@ struct Kernel {
     return padded;
   }
 
-  // The logit less nothing, from a product.
+  // What becomes of a product of a hidden row and a weight row.
   struct Logit {
     Float<W> value;
     Float<W> slope;  // of the softcap
@@ -427,11 +429,11 @@ struct Kernel {
       if constexpr (sizeof(T) == sizeof(Unit)) {
         std::memcpy(to, from + i, sizeof(Unit) * SIZE);  // of constant size: no call
       } else {
-        Worker<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
+        Units<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
       }
     }
     if (i < count) {
-      Worker<W>::copy_across(from + i, next ? next + i : nullptr, count - i, SIZE, to);
+      Units<W>::copy_across(from + i, next ? next + i : nullptr, count - i, SIZE, to);
     }
   }
 
