@@ -6,6 +6,7 @@ Sizes: P tokens of the prompt, K rationales of S tokens, T = P + K S; H query he
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import torch
@@ -131,19 +132,14 @@ def cases(size):
     dtypes = (torch.float32, torch.bfloat16)
     if size == "toy":
         return [(sizes, (4, 2), 16, dtype, True) for dtype in dtypes for sizes in (TOY, TINY_NODES)]
-    found = []
-    for dtype in dtypes:
-        for sizes in TREES:
-            for heads, E in ((8, 2), 64), ((8, 8), 128):
-                cheapest = sizes == TREES[0] and E == 64 and dtype == torch.float32
-                if size == "full":
-                    found += [(sizes, heads, E, dtype, True), (sizes, heads, 192 - E, dtype, True)]
-                elif E == 64 or dtype == torch.float32:
-                    found.append((sizes, heads, E, dtype, cheapest))
-        found.append((TINY_NODES, (8, 2), 64, dtype, False))
-        if size == "full":
-            found += [(TREES[0], (8, 2), E, dtype, False) for E in (80, 96, 256)]
-    return found
+    if size == "default":
+        found = [(sizes, (8, 2), 64, torch.float32, sizes == TREES[0]) for sizes in TREES]
+        found += [(TREES[0], (8, 8), 128, torch.float32, False), (TREES[0], (8, 2), 64, torch.bfloat16, False)]
+        return found + [(TINY_NODES, (8, 2), 64, dtype, False) for dtype in dtypes]
+    every = itertools.product(dtypes, TREES, ((8, 2), (8, 8)), (64, 128))
+    found = [(sizes, heads, E, dtype, dtype == torch.float32) for dtype, sizes, heads, E in every]
+    found += [(TREES[0], (8, 2), E, dtype, False) for dtype in dtypes for E in (80, 96, 256)]
+    return found + [(TINY_NODES, (8, 2), 64, dtype, False) for dtype in dtypes]
 
 
 def pytest_generate_tests(metafunc):

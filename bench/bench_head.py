@@ -25,7 +25,11 @@ BETA = 0.05
 BLOCK = 64  # distinct hidden rows: making each one peaked costs eight logits in float64
 EMULATED = (64, 128, 2048)  # where a bfloat16 product of 512x1024x32768 takes half a minute
 
-SHAPES = {"default": [(512, 1024, 32768), (2048, 512, 32000)], "full": [(1024, 2048, 128256)], "toy": [(64, 32, 500)]}
+SHAPES = {
+    "toy": [(64, 32, 500)],
+    "default": [(256, 1024, 32768)],
+    "full": [(512, 1024, 32768), (2048, 512, 32000), (1024, 2048, 128256)],
+}
 
 
 def ours(hidden, weight, inputs, impl="auto", budget=None):
@@ -59,7 +63,7 @@ def torch_head(hidden, weight, inputs, chunked=False):
 
 COMPILED = "CCE torch_compile"
 
-# name: the contestant, and the module that it needs. The slow ones take part in one case of each dtype by default.
+# name: the contestant, and the module that it needs.
 RIVALS = {"torch linear_cross_entropy": (torch_head, "torch"), COMPILED: (cut_cross_entropy, "cut_cross_entropy")}
 SLOW_RIVALS = {"Liger": (liger, "liger_kernel.chunked_loss"), "TRL": (trl, "trl.trainer.utils")}
 SLOWEST_RIVALS = {"torch linear_cross_entropy, chunked": (partial(torch_head, chunked=True), "torch")}
@@ -185,19 +189,14 @@ def contestants(loss, frozen, rivals):
 
 def cases(size):
     """(shape, loss, frozen, dtype, rivals)"""
-    full = size == "full"
-    everyone = RIVALS | SLOW_RIVALS | (SLOWEST_RIVALS if full else {})
     for dtype in (torch.float32, torch.bfloat16):
-        first, *others = SHAPES["toy"] if size == "toy" else SHAPES["default"]
-        if dtype == torch.bfloat16 and size != "toy" and bf16_is_emulated():
-            first, others = EMULATED, []
-        yield first, weighted, False, dtype, everyone
-        yield first, weighted, True, dtype, everyone if full else RIVALS
-        for shape in others + (SHAPES["full"] if full and others else []):
-            for frozen in (False, True) if full else (False,):
-                yield shape, weighted, frozen, dtype, everyone if full else {COMPILED: RIVALS[COMPILED]}
-        for frozen in (False, True) if full else (False,):
-            yield first, self_reward, frozen, dtype, {}
+        small = dtype == torch.bfloat16 and size != "toy" and bf16_is_emulated()
+        for shape in [EMULATED] if small else SHAPES[size]:
+            yield shape, weighted, False, dtype, RIVALS | SLOW_RIVALS | (SLOWEST_RIVALS if size == "full" else {})
+            yield shape, weighted, True, dtype, RIVALS if size == "full" else {}
+            yield shape, self_reward, False, dtype, {}
+            if size == "full":
+                yield shape, self_reward, True, dtype, {}
 
 
 def pytest_generate_tests(metafunc):

@@ -31,13 +31,14 @@ CHUNK = 1024
 
 MODEL = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 MODEL |= {"intermediate_size": 1536, "vocab_size": 32000}
+HALF_MODEL = MODEL | {"num_hidden_layers": 3, "vocab_size": 16000}
 SMALL_MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL_MODEL |= {"head_dim": 16, "intermediate_size": 128, "vocab_size": 1000}
 
-SIZES = {  # P, R, A, K
-    "default": [(100, 128, 8, 4), (600, 64, 8, 4)],
-    "full": [(100, 200, 8, 16), (900, 128, 8, 16)],
-    "small": [(64, 16, 4, 4)],
+CASES = {  # P, R, A, K
+    "toy": (SMALL_MODEL, [(64, 16, 4, 4)]),
+    "default": (HALF_MODEL, [(100, 64, 8, 4), (400, 32, 8, 4)]),
+    "full": (MODEL, [(100, 200, 8, 16), (900, 128, 8, 16)]),
 }
 
 
@@ -211,9 +212,8 @@ def case_name(sizes, dtype):
 def cases(size):
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        small = size == "toy" or (dtype == torch.bfloat16 and bf16_is_emulated())
-        sizes = SIZES["small"] if small else SIZES["default"] + (SIZES["full"] if size == "full" else [])
-        found += [(SMALL_MODEL if small else MODEL, one, dtype) for one in sizes]
+        model, every = CASES["toy" if dtype == torch.bfloat16 and bf16_is_emulated() else size]
+        found += [(model, sizes, dtype) for sizes in every]
     return found
 
 

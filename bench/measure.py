@@ -48,6 +48,8 @@ PRELOADED = (
 
 SECONDS_EACH = 1.0  # for the timed rounds of one contestant, after one that is not counted
 MAX_ROUNDS = 15
+FEWEST_ROUNDS = 3  # of ours, and of what others are measured against
+FULL = 8  # times longer
 
 
 @dataclass
@@ -71,15 +73,13 @@ def measure(case: Case, benchmark: Any, *, toy: bool, full: bool) -> dict[str, A
     if "fault" in rows[ours]:
         raise AssertionError(f"{case.name}: {ours}: {rows[ours]['fault']}")
     right = {name: run for name, run in case.contestants.items() if "fault" not in rows[name]}
-    seconds = 0.0 if toy else SECONDS_EACH * (4 if full else 1)
-    rounds = {name: min(round(seconds / rows[name]["once"]), MAX_ROUNDS) for name in right}
-    for name in (ours, *case.compiled):
-        if name in rounds:
-            rounds[name] = max(rounds[name], 1)
-    times = _interleaved(right, case.inputs, rounds, ours, benchmark)
-    for name, taken in times.items():
+    rounds = {name: _rounds(rows[name]["once"], name in (ours, case.floor), toy, full) for name in right}
+    again = {name: run for name, run in right.items() if rounds[name]}
+    times = _interleaved(again, case.inputs, rounds, ours, benchmark)
+    for name in right:
+        taken = times.get(name) or [rows[name]["once"]]
         middle = statistics.median(taken)
-        rows[name] |= {"seconds": middle, "spread": (max(taken) - min(taken)) / middle, "rounds": len(taken)}
+        rows[name] |= {"seconds": middle, "spread": (max(taken) - min(taken)) / middle, "rounds": rounds[name]}
     floor = rows[case.floor]["seconds"] if case.floor else case.flops / peak_gflops(case.dtype) / 1e9
     return {
         "question": case.question,
@@ -93,13 +93,18 @@ def measure(case: Case, benchmark: Any, *, toy: bool, full: bool) -> dict[str, A
     }
 
 
+def _rounds(once: float, needed: bool, toy: bool, full: bool) -> int:
+    """None for what is so slow that its run in a fresh process must do."""
+    if toy:
+        return int(needed)
+    fit = round(SECONDS_EACH * (FULL if full else 1) / once)
+    return min(max(fit, FEWEST_ROUNDS) if needed else fit, MAX_ROUNDS)
+
+
 def _interleaved(
     contestants: dict[str, Contestant], inputs: Any, rounds: dict[str, int], ours: str, benchmark: Any
 ) -> dict[str, list[float]]:
-    """Seconds of each round. pytest-benchmark times ours; before each of its rounds the others run once.
-
-    The first round is not counted, except of those that take so long that they have no other.
-    """
+    """Seconds of each round after the first. pytest-benchmark times ours; before each of its rounds the others run."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
 
     def run(name: str) -> None:
@@ -113,7 +118,7 @@ def _interleaved(
                 run(name)
 
     benchmark.pedantic(run, args=(ours,), setup=others, rounds=max(rounds.values()), warmup_rounds=1)
-    return {name: taken[1:] or taken for name, taken in times.items()}
+    return {name: taken[1:] for name, taken in times.items()}
 
 
 def _checked(case: Case) -> dict[str, dict[str, Any]]:

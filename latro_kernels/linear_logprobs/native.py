@@ -17,7 +17,7 @@ from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels.memory import get_memory_budget
 
 OPERATOR = "latro_kernels::linear_logprobs"
-STRIP, LANES, BLOCK_ROWS = 192, 64, 12  # as in csrc/linear_logprobs/cpu.cpp
+STRIP, LANES, BLOCK_ROWS = 192, 64, 12  # as in csrc/linear_logprobs: call.h and plan.h
 
 
 class Head(NamedTuple):
