@@ -186,9 +186,10 @@ struct Call {
 
   void hidden_grad(const Tokens& tokens, const Exponentials& kept, Entries entries, bool add, float* grad) const {
     const int64_t width = round_up(problem.D, kernels->panel);
+    // Threads share out the longer side: each packs what lies along the other.
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t column_tasks =
-        std::max((width + HIDDEN_GRAD_COLUMNS - 1) / HIDDEN_GRAD_COLUMNS, std::min(threads, width / 128));
+    const int64_t shares = tokens.padded < width ? std::min(threads, width / 128) : 1;
+    const int64_t column_tasks = std::max((width + HIDDEN_GRAD_COLUMNS - 1) / HIDDEN_GRAD_COLUMNS, shares);
     const int64_t columns = round_up((width + column_tasks - 1) / column_tasks, kernels->panel);
     const int64_t token_tasks = (threads + column_tasks - 1) / column_tasks;
     const int64_t rows = round_up((tokens.padded + token_tasks - 1) / token_tasks, BLOCK_ROWS);

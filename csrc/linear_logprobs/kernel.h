@@ -117,7 +117,7 @@ struct Kernel {
   }
 
   static int64_t scratch_size(const Problem& in, int64_t padded) {
-    const int64_t left = ENTRIES * round_up(units(in.D > padded ? in.D : padded), CHAIN);
+    const int64_t left = ENTRIES * round_up(units(in.D > padded ? in.D : padded), DEPTH<W>);
     const int64_t blocks = DEPTH<W> * (GRAD_TOKENS + HIDDEN_GRAD_COLUMNS);
     return (left > blocks ? left : blocks) + ENTRIES * TILE_STRIDE;
   }
@@ -160,16 +160,15 @@ struct Kernel {
     }
   }
 
-  // The left operand in slices, from row_of(i) for i < count, to a multiple of R rows.
-  template <class RowOf>
+  // The left operand in slices of SLICE units, from row_of(i) for i < count, to a multiple of R rows.
+  template <int SLICE, class RowOf>
   static int load_left(RowOf row_of, int count, int64_t length, Unit* left) {
     const int padded = round_up(count, R);
-    constexpr int64_t SLICE = CHAIN * UNIT;
     for (int i = 0; i < padded; ++i) {
       const T* from = i < count ? row_of(i) : nullptr;
-      Unit* to = left + i * CHAIN;
-      for (int64_t first = 0; first < length; first += SLICE, to += ENTRIES * CHAIN) {
-        const int64_t part = smaller(SLICE, length - first);
+      Unit* to = left + i * SLICE;
+      for (int64_t first = 0; first < length; first += SLICE * UNIT, to += ENTRIES * SLICE) {
+        const int64_t part = smaller(SLICE * UNIT, length - first);
         if (from) {
           Units<W>::copy_units(from + first, part, units(part), to);
         } else {
@@ -210,11 +209,11 @@ struct Kernel {
     Unit* left = reinterpret_cast<Unit*>(scratch + ENTRIES * TILE_STRIDE);
     const int count = static_cast<int>(smaller(GUESSED, in.V));
     const auto entry = [&](int i) { return i * in.V / count; };
-    const int rows = load_left([&](int i) { return row(in.weight, entry(i)); }, count, in.D, left);
+    const int rows = load_left<CHAIN>([&](int i) { return row(in.weight, entry(i)); }, count, in.D, left);
     const int64_t depth = units(in.D);
     for (int64_t t = first; t < last; t += COLUMNS) {
       const int columns = static_cast<int>(smaller(COLUMNS, last - t));
-      multiply<W, Unit>(
+      multiply<W, CHAIN, Unit>(
           rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(packed) + t * depth, tile, TILE_STRIDE);
       for (int j = 0; j < columns; j += W) {
         Float<W> most = Float<W>{} - __builtin_inff();
@@ -251,11 +250,11 @@ struct Kernel {
     }
     for (int64_t v = entries.begin; v < entries.end; v += ENTRIES) {
       const int count = static_cast<int>(smaller(ENTRIES, entries.end - v));
-      const int rows = load_left([&](int i) { return row(in.weight, v + i); }, count, in.D, left);
+      const int rows = load_left<CHAIN>([&](int i) { return row(in.weight, v + i); }, count, in.D, left);
       const Entries targets = targets_of(tokens, v, v + count);
       for (int64_t t = 0; t < tokens.padded; t += COLUMNS) {
         const int columns = static_cast<int>(smaller(COLUMNS, tokens.padded - t));
-        multiply<W, Unit>(
+        multiply<W, CHAIN, Unit>(
             rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(packed) + t * depth, tile, TILE_STRIDE);
         take_targets(in, tokens, shift, targets, v, t, columns, sums, tile);
         if (sums) {
@@ -451,11 +450,11 @@ struct Kernel {
     for (int64_t v = entries.begin; v < entries.end; v += ENTRIES) {
       const int count = static_cast<int>(smaller(ENTRIES, entries.end - v));
       const T* e = static_cast<const T*>(kept.data) + (v - entries.begin) * kept.stride;
-      const int rows = load_left([&](int i) { return e + i * kept.stride; }, count, tokens.padded, left);
+      const int rows = load_left<DEPTH<W>>([&](int i) { return e + i * kept.stride; }, count, tokens.padded, left);
       const Entries targets = targets_of(tokens, v, v + count);
       for (int64_t column = 0; grad.data && column < in.D; column += COLUMNS) {
         const int columns = static_cast<int>(smaller(COLUMNS, round_up(in.D, P) - column));
-        multiply<W, Unit>(
+        multiply<W, DEPTH<W>, Unit>(
             rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(scaled) + column * depth, tile, TILE_STRIDE);
         add_targets(in, tokens, targets, v, column, columns, grad, tile);
         for (int i = 0; i < count; ++i) {

@@ -19,7 +19,7 @@ constexpr int PANEL = 2 * W;
 template <int W>
 constexpr int DEPTH = 2048 / W;
 
-// The same where a tile of sums stays in the cache: a longer chain of roundings would err up to twice as much as eager.
+// The same for logits, where a longer chain of roundings would err up to twice as much as eager.
 constexpr int CHAIN = 128;
 
 template <int W, class Unit>
@@ -67,10 +67,10 @@ LATRO_INLINE void multiply_block(
   }
 }
 
-// The same for A in rows of CHAIN units, and for A packed [units][ROWS].
-template <int W, class Unit>
+// The same for A in rows of SLICE units, and for A packed [units][ROWS].
+template <int W, int SLICE, class Unit>
 void multiply_rows(int depth, const Unit* a, const Unit* b, float* c, int64_t ldc, bool add) {
-  multiply_block<W, Unit>(depth, a, CHAIN, 1, b, c, ldc, add);
+  multiply_block<W, Unit>(depth, a, SLICE, 1, b, c, ldc, add);
 }
 
 template <int W, class Unit>
@@ -79,16 +79,16 @@ void multiply_packed(int depth, const Unit* a, const Unit* b, float* c, int64_t 
 }
 
 // C = A · B for `rows` rows of A, a multiple of ROWS, and `columns` columns of panels that are `units` long. A lies in
-// slices of CHAIN units, [slices][most_rows][CHAIN]: rows a power of two apart would share their places in the cache.
-template <int W, class Unit>
+// slices of SLICE units, [slices][most_rows][SLICE]: rows a power of two apart would share their places in the cache.
+template <int W, int SLICE, class Unit>
 void multiply(
     int rows, int most_rows, int64_t units, int columns, const Unit* a, const Unit* panels, float* c, int64_t ldc) {
-  for (int64_t k = 0; k < units; k += CHAIN, a += most_rows * CHAIN) {
-    const int depth = static_cast<int>(units - k < CHAIN ? units - k : CHAIN);
+  for (int64_t k = 0; k < units; k += SLICE, a += most_rows * SLICE) {
+    const int depth = static_cast<int>(units - k < SLICE ? units - k : SLICE);
     for (int column = 0; column < columns; column += PANEL<W>) {
       const Unit* b = panels + column * units + k * PANEL<W>;
       for (int r = 0; r < rows; r += ROWS<W>) {
-        multiply_rows<W, Unit>(depth, a + r * CHAIN, b, c + r * ldc + column, ldc, k > 0);
+        multiply_rows<W, SLICE, Unit>(depth, a + r * SLICE, b, c + r * ldc + column, ldc, k > 0);
       }
     }
   }
