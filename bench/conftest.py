@@ -81,7 +81,8 @@ def environment(config):
 
 def save(found, records):
     cpu = found["hardware"]["cpu"]
-    name = "-".join([datetime.date.today().isoformat(), cpu["model"], *cpu["instruction_sets"][-1:]])
+    size = ["full"] if "--full" in found["command"] else []
+    name = "-".join([datetime.date.today().isoformat(), cpu["model"], *cpu["instruction_sets"][-1:], *size])
     path = ROOT / "bench" / "results" / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
     path.parent.mkdir(exist_ok=True)
     del found["kernels"]
