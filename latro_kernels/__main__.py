@@ -112,22 +112,22 @@ def cell(kernel: dict[str, Any], notes: list[tuple[str, str]]) -> str:
 
 
 def versions(found: dict[str, str | None], extension: dict[str, Any]) -> str:
-    lines = [f"{name:<16}{number or 'not installed'}" for name, number in found.items()]
+    lines = [f"{name:<18}{number or 'not installed'}" for name, number in found.items()]
     if extension.get("compiler"):
         cuda = f"CUDA {extension['cuda']} for {extension['cuda_arches']}" if extension["cuda"] else "without CUDA"
-        lines.append(f"{'extension':<16}{extension['compiler']}, torch {extension['torch']}, {cuda}")
+        lines.append(f"{'extension':<18}{extension['compiler']}, torch {extension['torch']}, {cuda}")
     else:
-        lines.append(f"{'extension':<16}not built")
+        lines.append(f"{'extension':<18}not built")
     return "\n".join(lines)
 
 
 def hardware(found: dict[str, Any]) -> str:
     cpu, gpus = found["cpu"], found["gpus"]
     sets = " ".join(cpu["instruction_sets"]) or "instruction sets unknown"
-    lines = [f"{'cpu':<16}{cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']}; {sets}"]
+    lines = [f"{'cpu':<18}{cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']}; {sets}"]
     for index, gpu in enumerate(gpus):
-        lines.append(f"{f'gpu {index}':<16}{gpu['model']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB")
-    return "\n".join(lines if gpus else [*lines, f"{'gpu':<16}none visible to torch"])
+        lines.append(f"{f'gpu {index}':<18}{gpu['model']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB")
+    return "\n".join(lines if gpus else [*lines, f"{'gpu':<18}none visible to torch"])
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_only_the_loss_carries_gradient():
     tree, scored = random_batch(0, V).pack()
     hidden = torch.randn(len(tree.tokens), D, requires_grad=True)
     weight = torch.randn(V, D, requires_grad=True)
-    out = fused_self_reward_loss(hidden, weight, scored, ref_logps=torch.zeros(len(scored.rows)))
+    out = fused_self_reward_loss(hidden, weight, scored, ref_logps=torch.zeros(len(scored.rows)), entropy=True)
     assert [name for name, value in out._asdict().items() if value.requires_grad] == ["loss"]
 
 

@@ -69,14 +69,14 @@ def test_padded_trainer_equals_the_packed_tree(side):
     batch = random_batch(4, VOCAB, group_sizes=(3, 3))
     tree, packed = batch.pack()
     ref_logps = TreeModel(reference).logprobs(tree, packed)
-    out = TreeModel(model)(tree, packed, ref_logps=ref_logps)
+    out = TreeModel(model)(tree, packed, ref_logps=ref_logps, entropy=True)
 
     input_ids, attention_mask, z_mask, y_mask = batch.padded(side)
     scored = ScoredTokens.from_padded(input_ids, z_mask, y_mask, num_generations=3)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     hidden = model.model(input_ids, attention_mask=attention_mask, position_ids=positions).last_hidden_state
     # Both score the same tokens in the same order, so the reference's log-probs serve both.
-    again = fused_self_reward_loss(hidden, model.lm_head.weight, scored, ref_logps=ref_logps)
+    again = fused_self_reward_loss(hidden, model.lm_head.weight, scored, ref_logps=ref_logps, entropy=True)
     for name, ours, theirs in zip(out._fields, again, out, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert_same_gradients(gradients(model, again.loss), gradients(model, out.loss), 1e-5)

@@ -15,7 +15,7 @@ NATIVE = status("fused_self_reward_loss", "native", "cpu")
 pytestmark = pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")
 
 V, D = 210, 24
-NAMES = ["loss", "reward", "advantage", "kl", "rationale_logp", "answer_logp", "logps"]
+NAMES = ["loss", "reward", "advantage", "kl", "rationale_logp", "answer_logp", "logps", "entropy"]
 
 
 @pytest.fixture(params=["all prompts at once", "some prompts at once", "nothing kept"])
@@ -43,7 +43,7 @@ def results(seed=0, impl="native", dtype=torch.float32, as_dtype=None, wanted=(T
     tensors = [tensor.to(as_dtype or dtype) for tensor in tensors]
     leaves = [tensor.requires_grad_() for tensor, want in zip(tensors, wanted, strict=True) if want]
     hidden, weight, bias = tensors
-    options = {"temperature": 0.8, "ref_logps": ref_logps, **options}
+    options = {"temperature": 0.8, "ref_logps": ref_logps, "entropy": True, **options}
     out = fused_self_reward_loss(hidden, weight, scored, bias=bias, impl=impl, **options)
     return [*(value.detach() for value in out), *torch.autograd.grad(out.loss * scale, leaves)]
 

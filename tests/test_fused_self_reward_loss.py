@@ -170,9 +170,10 @@ def test_self_reward_itself_is_an_objective():
 
 def test_beta_and_answer_weight_are_short_for_the_objective():
     hidden, weight, scored, ref_logps = inputs()
-    short = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps, beta=0.3, answer_weight=0.1)
+    given = {"ref_logps": ref_logps, "entropy": True}
+    short = fused_self_reward_loss(hidden, weight, scored, beta=0.3, answer_weight=0.1, **given)
     objective = SelfReward(beta=0.3, answer_weight=0.1)
-    long = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps, objective=objective)
+    long = fused_self_reward_loss(hidden, weight, scored, objective=objective, **given)
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
     default = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps)
     same = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps, objective=SelfReward())
@@ -181,15 +182,15 @@ def test_beta_and_answer_weight_are_short_for_the_objective():
 
 def test_hidden_may_have_a_batch_dimension():
     hidden, weight, scored, ref_logps = inputs()
-    flat = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps)
-    batched = fused_self_reward_loss(hidden[None], weight, scored, ref_logps=ref_logps)
+    flat = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps, entropy=True)
+    batched = fused_self_reward_loss(hidden[None], weight, scored, ref_logps=ref_logps, entropy=True)
     assert all(torch.equal(a, b) for a, b in zip(flat, batched, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_any_floating_dtype(dtype):
     hidden, weight, scored, ref_logps = inputs(dtype)
-    out = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps)
+    out = fused_self_reward_loss(hidden, weight, scored, ref_logps=ref_logps, entropy=True)
     exact = fused_self_reward_loss(hidden.detach().double(), weight.detach().double(), scored, ref_logps=ref_logps)
     assert all(value.dtype == torch.float32 for value in out)
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float32: 1e-5}[dtype]

@@ -55,6 +55,29 @@ def test_equals_the_formula_forward_and_backward(variant, p):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_entropy_is_of_the_scored_distribution(variant):
+    hidden, weight, rows, targets, options = inputs_of(variant, p=0.5)
+    hidden.requires_grad_()
+    logps, entropy = linear_logprobs(hidden, weight, rows, targets, entropy=True, **options)
+    every = torch.arange(len(weight)).repeat(len(rows))
+    if isinstance(options.get("temperature"), torch.Tensor):
+        options["temperature"] = options["temperature"].repeat_interleave(len(weight))
+    of_all = linear_logprobs(hidden, weight, rows.repeat_interleave(len(weight)), every, **options)
+    of_all = of_all.view(len(rows), -1)
+    torch.testing.assert_close(entropy, -(of_all.exp() * of_all).sum(-1).detach(), rtol=1e-11, atol=1e-11)
+    assert logps.requires_grad
+    assert not entropy.requires_grad
+
+
+def test_entropy_of_an_impossible_entry_is_none():
+    weight = torch.zeros(3, 2, dtype=torch.float64)
+    bias = torch.tensor([0.0, 0.0, -torch.inf], dtype=torch.float64)
+    index = torch.zeros(1, dtype=torch.int64)
+    _, entropy = linear_logprobs(weight, weight, index, index, bias=bias, entropy=True)
+    torch.testing.assert_close(entropy, torch.full((1,), 2, dtype=torch.float64).log())
+
+
 @pytest.mark.parametrize("p", [0.5, 0.9999])
 def test_peaked_inputs_are_peaked(p):
     hidden, weight, rows, targets, _ = inputs_of("plain", p)

@@ -296,10 +296,9 @@ def test_evaluation_keeps_nothing(frozen):
 
 def test_entropy(instruction_set):
     (hidden, weight, bias, rows, targets), *_ = inputs()
-    numbers = torch.tensor([0.7, 0.0, 1.0], dtype=torch.float64)
-    _, entropy, *_ = torch.ops.latro_kernels.linear_logprobs(
-        hidden, weight, bias, rows, targets, numbers, None, 0, False
-    )
+    options = {"bias": bias, "temperature": 0.7, "impl": "native"}
+    logps, entropy = linear_logprobs(hidden, weight, rows, targets, entropy=True, **options)
+    assert logps.equal(linear_logprobs(hidden, weight, rows, targets, **options))
     logits = (hidden[rows].double() @ weight.double().T + bias.double()) / 0.7
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
@@ -11,7 +12,42 @@ from latro_kernels._autograd import accumulator, autocast_operands, first_order
 from latro_kernels.impl import choose
 from latro_kernels.linear_logprobs import native, reference
 
-BACKENDS = {"native": native.linear_logprobs, "reference": reference.linear_logprobs}
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "native": native.linear_logprobs,
+    "reference": reference.linear_logprobs,
+}
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_logprobs(
@@ -24,18 +60,22 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    entropy: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(logit_scale * (hidden[rows] Wᵀ + bias)) / temperature)[targets] -> [M].
 
     hidden [T, D]; weight [V, D]; bias [V]; rows and targets [M], int64; a row may be scored any number of times.
     temperature: a number, or one for each scored token [M]. softcap(s) = softcap * tanh(s / softcap).
+    entropy: also return that of each token's distribution [M], in nats, without a gradient.
 
     The result is float32, or float64 for float64 inputs. Differentiable in hidden, weight and bias.
     """
     operator = "linear_logprobs"
     operands = head_operands(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
-    return BACKENDS[choose(operator, impl, operands[0].device, operands[0].dtype)](*operands)
+    backend = BACKENDS[choose(operator, impl, operands[0].device, operands[0].dtype)]
+    logps, found = backend(*operands, entropy)
+    return (logps, cast(Tensor, found)) if entropy else logps
 
 
 def head_operands(

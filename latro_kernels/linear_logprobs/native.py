@@ -58,15 +58,16 @@ def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def linear_logprobs(*arguments: Any) -> Tensor:
-    """The definition's arguments."""
+def linear_logprobs(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The definition's arguments. The entropy is there whether it is asked for or not: it costs next to nothing."""
     refuse_forward_mode("linear_logprobs")
-    head = head_of(*arguments)
+    head = head_of(*arguments[:-1])
     for_head = any(tensor is not None and tensor.requires_grad for tensor in (head.weight, head.bias))
     for_hidden_alone = head.hidden.requires_grad and not for_head
     budget = get_memory_budget() if for_head and torch.is_grad_enabled() else 0
-    logps, *_ = torch.ops.latro_kernels.linear_logprobs(*head, budget, for_hidden_alone and torch.is_grad_enabled())
-    return logps
+    unit_grad = for_hidden_alone and torch.is_grad_enabled()
+    logps, entropy, *_ = torch.ops.latro_kernels.linear_logprobs(*head, budget, unit_grad)
+    return logps, entropy
 
 
 def _up(size: Any, to: int) -> Any:

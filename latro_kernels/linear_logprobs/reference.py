@@ -3,6 +3,7 @@
 logits = softcap(logit_scale * (hidden[rows] @ weight.T + bias)) / temperature
 out[m] = logits[m, targets[m]] - logsumexp(logits[m])
 d out[m] / d logits[m] = onehot(targets[m]) - softmax(logits[m])
+entropy[m] = -sum(p log p) for p = softmax(logits[m]), without a gradient
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ def linear_logprobs(
     temperature: float | Tensor,  # [M] if a tensor
     softcap: float | None,
     logit_scale: float,
-) -> Tensor:
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     logits = torch.nn.functional.linear(hidden.index_select(0, rows), weight, bias)
     logits = logits.to(accumulator(hidden.dtype)) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    log_probs = logits.log_softmax(-1)
+    logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    return logps, torch.special.entr(log_probs.detach().exp()).sum(-1) if entropy else None

@@ -39,6 +39,7 @@ class SelfRewardLoss(NamedTuple):
     rationale_logp: Tensor  # [R], log π(z | x)
     answer_logp: Tensor  # [R], log π(y | x, z)
     logps: Tensor  # [M]
+    entropy: Tensor | None  # [M], when it is asked for
 
 
 def fused_self_reward_loss(
@@ -57,6 +58,7 @@ def fused_self_reward_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    entropy: bool = False,
     impl: str = "auto",
 ) -> SelfRewardLoss:
     """The self-reward loss from hidden states and the weight of the output head.
@@ -70,6 +72,7 @@ def fused_self_reward_loss(
     denominator: what the sum over rationales is divided by; by default R. With micro-batches or ranks that hold
         different numbers, give each the global number and add up the gradients.
     temperature: of the rationales, which were sampled at it. Answers are scored at 1.
+    entropy: also find that of each scored token's distribution, for logs.
     """
     operator = "fused_self_reward_loss"
     objective = _objective(operator, objective, beta, answer_weight)
@@ -107,14 +110,22 @@ def fused_self_reward_loss(
             return self_reward(logps, scored, self_reward_objective, **given, impl=part)
         return _other_terms(objective(logps, scored, {**given, **extras}), logps, scored, ref_logps)
 
+    found: Tensor | None
     if backend == "native" and _in_one_go(operands, extras):
         couples_batch = getattr(objective, "couples", "batch") != "group"
-        terms, logps = grouped.loss_and_logps(head_of(*operands), scored.plan, couples_batch, terms_of)
+        terms, logps, found = grouped.loss_and_logps(head_of(*operands), scored.plan, couples_batch, terms_of)
     else:
-        logps = HEADS[backend](*operands)
+        logps, found = HEADS[backend](*operands, entropy)
         terms = terms_of(logps)
     return SelfRewardLoss(
-        terms.loss, terms.reward, terms.advantage, terms.kl, terms.rationale_logp, terms.answer_logp, logps.detach()
+        terms.loss,
+        terms.reward,
+        terms.advantage,
+        terms.kl,
+        terms.rationale_logp,
+        terms.answer_logp,
+        logps.detach(),
+        found if entropy else None,
     )
 
 

@@ -25,8 +25,8 @@ FEWEST_TOKENS = 512
 
 def loss_and_logps(
     head: Head, plan: LossPlan, couples_batch: bool, terms_of: Callable[[Tensor], SelfRewardTerms]
-) -> tuple[SelfRewardTerms, Tensor]:
-    """The terms, their loss differentiable in hidden, weight and bias; and the log-probs [M].
+) -> tuple[SelfRewardTerms, Tensor, Tensor]:
+    """The terms, their loss differentiable in hidden, weight and bias; the log-probs [M]; and the entropy [M].
 
     terms_of: log-probs to terms, whose loss is differentiable in them.
     """
@@ -36,8 +36,8 @@ def loss_and_logps(
         parts = [(0, head.rows.shape[0])]
     else:
         parts = _parts(plan, budget // (head.weight.shape[0] * head.weight.element_size()))
-    *values, logps = _Grouped.apply(head.hidden, head.weight, head.bias, head, parts, budget, terms_of)
-    return SelfRewardTerms(*values), logps
+    *values, logps, entropy = _Grouped.apply(head.hidden, head.weight, head.bias, head, parts, budget, terms_of)
+    return SelfRewardTerms(*values), logps, entropy
 
 
 def _parts(plan: LossPlan, most_tokens: int) -> list[tuple[int, int]]:
@@ -70,14 +70,15 @@ class _Grouped(torch.autograd.Function):
         for_head = for_weight or for_bias
         grads = new_grads(head, for_hidden, for_weight, for_bias, weight.dtype if len(parts) == 1 else torch.float32)
         logps = hidden.new_zeros(head.rows.shape[0], dtype=torch.float32)
+        entropy = torch.zeros_like(logps)
         for begin, end in parts:
             part = head.part(begin, end)
-            found, _, *kept = torch.ops.latro_kernels.linear_logprobs(*part, budget if for_head else 0, not for_head)
-            logps[begin:end] = found
+            found = torch.ops.latro_kernels.linear_logprobs(*part, budget if for_head else 0, not for_head)
+            logps[begin:end], entropy[begin:end], *kept = found
             # The log-probs of later prompts are still 0; this part's coefficients do not depend on them.
             terms, coefficients = _coefficients(terms_of, logps)
-            add_grads(coefficients[begin:end].contiguous(), part, [found, *kept], grads, first=begin == 0)
-        results = (*(value.detach() for value in terms[1:]), logps)
+            add_grads(coefficients[begin:end].contiguous(), part, [found[0], *kept], grads, first=begin == 0)
+        results = (*(value.detach() for value in terms[1:]), logps, entropy)
         ctx.mark_non_differentiable(*results)
         ctx.save_for_backward(*grads.like(head))
         return terms.loss.detach(), *results
