@@ -1,6 +1,7 @@
 """Attention over a tree, forward and backward, against what PyTorch offers for shared prefixes.
 
-Only pairs of a query and a key that it sees are counted: 14 · E · pairs · H operations, forward and backward.
+Only pairs of a query and a key that it sees are counted, 14 · E operations for each and query head: 4 forward and 10
+backward, where scores are made again, as FlashAttention's authors count.
 Sizes: P tokens of the prompt, K rationales of S tokens, T = P + K S; H query heads over Hkv key heads of size E.
 """
 
@@ -137,7 +138,7 @@ def cases(size):
         found += [(TREES[0], (8, 8), 128, torch.float32, False), (TREES[0], (8, 2), 64, torch.bfloat16, False)]
         return found + [(TINY_NODES, (8, 2), 64, dtype, False) for dtype in dtypes]
     every = itertools.product(dtypes, TREES, ((8, 2), (8, 8)), (64, 128))
-    found = [(sizes, heads, E, dtype, dtype == torch.float32) for dtype, sizes, heads, E in every]
+    found = [(*case, dtype, dtype == torch.float32 and case[1:] == [(8, 2), 64]) for dtype, *case in every]
     found += [(TREES[0], (8, 2), E, dtype, False) for dtype in dtypes for E in (80, 96, 256)]
     return found + [(TINY_NODES, (8, 2), 64, dtype, False) for dtype in dtypes]
 

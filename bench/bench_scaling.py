@@ -28,5 +28,5 @@ def pytest_generate_tests(metafunc):
 def test_scaling(axes, measured, pytestconfig):
     config = (SMALL_MODEL if pytestconfig.getoption("toy") else MODEL) | {"vocab_size": axes["V"]}
     case = step_case("scaling", config, (axes["P"], R, A, axes["K"]), torch.float32, axes)
-    case.name += f" V={axes['V']}"
+    case.name = f"V={axes['V']} {case.name}"
     measured(case)

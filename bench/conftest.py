@@ -12,22 +12,23 @@ import pytest
 
 from bench.bench_head import absent
 from bench.measure import ROOT, bf16_is_emulated, measure, peak_gflops, start_processes
-from bench.render import text_table
+from bench.render import RIVALS, text_table
 from latro_kernels.__main__ import hardware, report, version, versions
 
 RECORDS = pytest.StashKey[list]()
 START = pytest.StashKey[float]()
-RIVAL_PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy")
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("latro benchmarks")
     group.addoption("--full", action="store_true", help="large shapes too, and more rounds; takes an hour")
     group.addoption("--toy", action="store_true", help="every benchmark at toy size, to see that it runs")
-    group.addoption("--save", action="store_true", help="write the figures to bench/results/")
+    group.addoption("--save", action="store_true", help="write the figures to a folder in bench/results/")
 
 
 def pytest_configure(config):
+    if config.getoption("save") and (config.getoption("toy") or config.getoption("keyword")):
+        raise pytest.UsageError("--save keeps whole questions at real sizes: not with --toy, nor with -k")
     config.stash[RECORDS] = []
     config.stash[START] = time.time()
     config.addinivalue_line("filterwarnings", "default")  # other people's code runs here
@@ -57,37 +58,43 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(versions(found["versions"], found["extension"]))
     terminalreporter.write_line(hardware(found["hardware"]))
     terminalreporter.write_line(f"GEMM rate       {found['gemm_gflops']:.0f} GFLOP/s, the best of torch in float32")
-    for note in found["notes"]:
-        terminalreporter.write_line(f"note            {note}")
+    for line in [*found["absent"], *found["remarks"]]:
+        terminalreporter.write_line(f"note            {line}")
     terminalreporter.write_line(text_table(records))
     if config.getoption("save"):
-        terminalreporter.write_line(f"written: {save(found, records)}")
+        terminalreporter.write_line(f"written: {save(config, found, records)}")
     terminalreporter.write_line(f"wall time {time.time() - config.stash[START]:.0f} s")
 
 
 def environment(config):
     found = report()
-    found["versions"] |= {name: version(name) for name in RIVAL_PACKAGES}
+    found["versions"] |= {name: version(name) for name in RIVALS}
     found["gemm_gflops"] = peak_gflops()
-    found["notes"] = [f"{name} is not measured: {reason}" for name, reason in absent().items()]
-    if bf16_is_emulated():
-        found["notes"].append(
-            "bfloat16 products of torch are emulated on this machine, at under a quarter of float32's rate: "
-            "where contestants need them, bfloat16 cases are small"
-        )
+    found["absent"] = [f"{name} is not measured: {reason}" for name, reason in absent().items()]
+    found["remarks"] = (
+        [
+            "torch's bfloat16 products are emulated here, at under a quarter of float32's rate: where others need "
+            "them, bfloat16 cases are small, and say little."
+        ]
+        if bf16_is_emulated()
+        else []
+    )
     found["command"] = " ".join(["pytest", *config.invocation_params.args])
     return found
 
 
-def save(found, records):
+def save(config, found, records):
+    """A folder for the day and the machine, a file for each question."""
     cpu = found["hardware"]["cpu"]
-    size = ["full"] if "--full" in found["command"] else []
-    name = "-".join([datetime.date.today().isoformat(), cpu["model"], *cpu["instruction_sets"][-1:], *size])
-    path = ROOT / "bench" / "results" / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-    path.parent.mkdir(exist_ok=True)
-    del found["kernels"]
-    path.write_text(json.dumps(found | {"commit": commit(), "cases": records}, indent=1) + "\n")
-    return path.relative_to(ROOT)
+    size = ["full"] if config.getoption("full") else []
+    name = " ".join([datetime.date.today().isoformat(), cpu["model"], *cpu["instruction_sets"][-1:], *size])
+    folder = ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {key: value for key, value in found.items() if key != "kernels"} | {"commit": commit()}
+    for question in {record["question"] for record in records}:
+        cases = [record for record in records if record["question"] == question]
+        (folder / f"{question}.json").write_text(json.dumps(found | {"cases": cases}, indent=1) + "\n")
+    return folder.relative_to(ROOT)
 
 
 def commit():

@@ -11,8 +11,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -31,8 +32,7 @@ ROOT = Path(__file__).parents[1]
 Results = dict[str, "Tensor | Callable[[], Tensor]"]
 Contestant = Callable[[Any], Results]
 
-# Relative RMS error above which a contestant does not compute the thing: eager PyTorch errs
-# a tenth of this at most.
+# Relative RMS error above which a contestant does not compute the thing. Eager PyTorch errs a third of this at most.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 # What contestants import, so that it does not count as their memory. Names that are not here are passed over.
@@ -49,7 +49,7 @@ PRELOADED = (
 SECONDS_EACH = 1.0  # for the timed rounds of one contestant, after one that is not counted
 MAX_ROUNDS = 15
 FEWEST_ROUNDS = 3  # of ours, and of what others are measured against
-FULL = 8  # times longer
+FULL = 4  # times longer
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Case:
     inputs: Any
     exact: dict[str, Tensor]
     contestants: dict[str, Contestant]  # ours first
-    flops: float  # that the result needs, whoever computes it
+    flops: float  # that useful rates are counted with, whoever computes the result
     floor: str | None = None  # the contestant that others are measured against; without one, flops at the GEMM rate
     compiled: tuple[str, ...] = ()  # contestants that compile when they first run
     axes: dict[str, int] = field(default_factory=dict)  # what a plot of this case puts on its axes
@@ -74,17 +74,18 @@ def measure(case: Case, benchmark: Any, *, toy: bool, full: bool) -> dict[str, A
         raise AssertionError(f"{case.name}: {ours}: {rows[ours]['fault']}")
     right = {name: run for name, run in case.contestants.items() if "fault" not in rows[name]}
     rounds = {name: _rounds(rows[name]["once"], name in (ours, case.floor), toy, full) for name in right}
-    again = {name: run for name, run in right.items() if rounds[name]}
-    times = _interleaved(again, case.inputs, rounds, ours, benchmark)
+    times = _interleaved(right, case.inputs, rounds, ours, benchmark)
     for name in right:
-        taken = times.get(name) or [rows[name]["once"]]
+        taken = times[name]
         middle = statistics.median(taken)
-        rows[name] |= {"seconds": middle, "spread": (max(taken) - min(taken)) / middle, "rounds": rounds[name]}
+        spread = (max(taken) - min(taken)) / middle if len(taken) > 1 else None
+        rows[name] |= {"seconds": middle, "spread": spread, "rounds": len(taken)}
     floor = rows[case.floor]["seconds"] if case.floor else case.flops / peak_gflops(case.dtype) / 1e9
     return {
         "question": case.question,
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "emulated": case.dtype == torch.bfloat16 and bf16_is_emulated(),
         "axes": case.axes,
         "gflop": case.flops / 1e9,
         "floor_seconds": floor,
@@ -94,7 +95,7 @@ def measure(case: Case, benchmark: Any, *, toy: bool, full: bool) -> dict[str, A
 
 
 def _rounds(once: float, needed: bool, toy: bool, full: bool) -> int:
-    """None for what is so slow that its run in a fresh process must do."""
+    """How often a contestant runs after a first time, which is counted where it is the only one."""
     if toy:
         return int(needed)
     fit = round(SECONDS_EACH * (FULL if full else 1) / once)
@@ -104,7 +105,10 @@ def _rounds(once: float, needed: bool, toy: bool, full: bool) -> int:
 def _interleaved(
     contestants: dict[str, Contestant], inputs: Any, rounds: dict[str, int], ours: str, benchmark: Any
 ) -> dict[str, list[float]]:
-    """Seconds of each round after the first. pytest-benchmark times ours; before each of its rounds the others run."""
+    """Seconds of each round. pytest-benchmark times ours; before each of its rounds others run, in an order that turns.
+
+    Contestants with fewer rounds have them spread over all.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
 
     def run(name: str) -> None:
@@ -112,13 +116,18 @@ def _interleaved(
         contestants[name](inputs)
         times[name].append(time.perf_counter() - start)
 
-    def others() -> None:
-        for name in contestants:
-            if name != ours and len(times[name]) <= rounds[name]:
-                run(name)
+    others = deque(name for name in contestants if name != ours)
+    most = max(rounds.values())
 
-    benchmark.pedantic(run, args=(ours,), setup=others, rounds=max(rounds.values()), warmup_rounds=1)
-    return {name: taken[1:] for name, taken in times.items()}
+    def run_others() -> None:
+        after = len(times[ours])  # rounds, the first not counted
+        for name in others:
+            if after == 0 or after * rounds[name] // most > (after - 1) * rounds[name] // most:
+                run(name)
+        others.rotate()
+
+    benchmark.pedantic(run, args=(ours,), setup=run_others, rounds=most, warmup_rounds=1)
+    return {name: taken[1:] or taken for name, taken in times.items()}
 
 
 def _checked(case: Case) -> dict[str, dict[str, Any]]:
@@ -167,6 +176,7 @@ def _child(run: Contestant, folder: str, inexact: bool, compiled: bool, threads:
     try:
         if compiled:
             run(inputs)
+        _forget_peak()
         before = _resident()
         start = time.perf_counter()
         results = run(inputs)
@@ -192,7 +202,17 @@ def _resident() -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _peak()
 
 
+def _forget_peak() -> None:
+    """What loading and compiling took does not count, where the system can forget it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak() -> int:
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,6 +1,6 @@
 """Tables and plots of what the benchmarks measured.
 
-python -m bench.render bench/results/FILE.json       puts a table into README.md, and plots beside the file
+python -m bench.render bench/results/FOLDER       a summary into README.md; every case, and plots, into the folder
 """
 
 from __future__ import annotations
@@ -12,41 +12,51 @@ from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+HEAD = ("contestant", "ms", "range", "rounds", "GFLOP/s", "× floor", "peak MiB", "error")
+LEGEND = (
+    "range: slowest less fastest round, of the median; × floor: times the floor's; peak: growth of resident memory "
+    "above the inputs, in a fresh process; error: the worst relative RMS error of a result against float64."
+)
+RIVALS = ("trl", "liger-kernel", "cut-cross-entropy")
+SMALL_MEMORY = 32 * 2**20  # of which what libraries touch for the first time is a good part
+QUESTIONS = ("attention", "head", "step", "scaling")
 AXES = {"K": "rationales of a prompt", "P": "tokens of the prompt", "V": "vocabulary"}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.render")
-    parser.add_argument("results", type=Path, help="a file that `pytest bench/ --save` wrote")
-    path = parser.parse_args().results
-    found = json.loads(path.read_text())
+    parser.add_argument("results", type=Path, help="a folder that `pytest bench/ --save` wrote")
+    folder = parser.parse_args().results
+    runs = [json.loads((folder / f"{question}.json").read_text()) for question in QUESTIONS]
     before, _, rest = README.read_text().partition(BEGIN)
     if not rest:
         raise SystemExit(f"README.md must hold the lines {BEGIN} and {END}")
     after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{markdown_table(found)}\n{END}{after}")
-    plot(found["cases"], path.with_suffix(".svg"))
+    README.write_text(f"{before}{BEGIN}\n{summary(runs, folder.name)}\n{END}{after}")
+    (folder / "cases.md").write_text("\n\n".join(map(every_case, runs)) + "\n")
+    plot(runs[QUESTIONS.index("scaling")]["cases"], folder / "scaling.svg")
 
 
 def text_table(records):
     """case × contestant: time, spread, useful GFLOP/s, ratio to the floor, memory, error."""
     lines, question = [], None
-    head = ("contestant", "ms", "±", "rounds", "GFLOP/s", "× floor", "peak MiB", "error")
     for record in records:
         if record["question"] != question:
             question = record["question"]
-            lines += ["", f"{question}; floor: {record['floor']}", _line(*head)]
+            lines += ["", f"{question}; floor: {record['floor']}", _line(*HEAD)]
         lines.append(f"  {record['case']}")
         for name, row in record["contestants"].items():
             lines.append(_line(name, row["fault"]) if "fault" in row else _line(name, *_figures(record, row)))
-    closing = [f"{question}: {text}" for question, text in verdicts(records).items()] + marginal_cost(records)
-    return "\n".join([*lines, "", *closing])
+    ours = [
+        f"{what}: ours is {times} as fast as {other} ({count})" for what, other, count, times, _ in comparisons(records)
+    ]
+    return "\n".join([*lines, "", LEGEND, "", *ours, *marginal_cost(records)])
 
 
 def _figures(record, row):
     return (
         f"{row['seconds'] * 1e3:.1f}",
-        f"{row['spread']:.0%}",
+        "" if row["spread"] is None else f"{row['spread']:.0%}",
         row["rounds"],
         f"{record['gflop'] / row['seconds']:.1f}",
         f"{row['seconds'] / record['floor_seconds']:.2f}",
@@ -61,70 +71,74 @@ def _line(name, *figures):
     return f"    {name:<36}" + "".join(f"{figure:>10}" for figure in figures)
 
 
-def verdicts(records):
-    """For each question, the geometric mean of how much faster ours is than the best other that computes the same."""
-    ratios: dict[str, list[float]] = {}
+def comparisons(records):
+    """(what, other, cases, how often ours fits into its time, and into its memory): geometric means, and the range."""
+    groups: dict[str, list] = {}
     for record in records:
-        ours, other = ours_and_best_other(record)
-        if other:
-            ratio = record["contestants"][other]["seconds"] / record["contestants"][ours]["seconds"]
-            ratios.setdefault(f"{record['question']} {record['dtype']}", []).append(ratio)
-    return {
-        question: f"ours is {_mean(found):.2f}× as fast as the best other (geometric mean of {len(found)} cases, "
-        f"{min(found):.2f} to {max(found):.2f})"
-        for question, found in ratios.items()
-    }
+        emulated = ", emulated" if record["emulated"] else ""
+        groups.setdefault(f"{record['question']}, {record['dtype']}{emulated}", []).append(record)
+    for what, of_group in groups.items():
+        for other in dict.fromkeys(name for record in of_group for name in [*record["contestants"], record["floor"]]):
+            pairs = [pair for record in of_group if (pair := _times_and_memory(record, other))]
+            if other != "ours" and pairs:
+                times, memory = zip(*pairs, strict=True)
+                yield what, other, len(pairs), _range(times), _range([ratio for ratio in memory if ratio])
 
 
-def _mean(ratios):
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-
-def ours_and_best_other(record):
-    rows = record["contestants"]
-    ours, *others = rows
-    others = [
-        name for name in others if "seconds" in rows[name] and name != record["floor"] and not name.startswith(ours)
-    ]
-    return ours, min(others, key=lambda name: rows[name]["seconds"], default=None)
-
-
-def markdown_table(found):
-    cpu = found["hardware"]["cpu"]
+def summary(runs, folder):
+    """Of every case, for the README."""
     lines = [
-        f"{cpu['model']}, {cpu['torch_threads']} threads, {' '.join(cpu['instruction_sets'])}; torch "
-        f"{found['versions']['torch']}; GEMM rate {found['gemm_gflops']:.0f} GFLOP/s; commit {found['commit'][:12]}; "
-        f"`{found['command']}`.",
+        _machine(runs[0]),
         "",
-        "| case | ours, ms | × floor | best other | ms | ours is faster by | peak MiB, both | error, both |",
-        "|---|---|---|---|---|---|---|---|",
+        "| forward and backward | ours against | cases | is faster by | needs less memory by |",
+        "|---|---|---|---|---|",
     ]
-    lines += [_markdown_row(record) for record in found["cases"]]
-    closing = [f"{name}: {text}" for name, text in verdicts(found["cases"]).items()] + marginal_cost(found["cases"])
-    return "\n".join([*lines, "", *(f"- {line}." for line in closing)])
+    records = [record for run in runs for record in run["cases"]]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in comparisons(records)]
+    costs = [f"{line[0].upper()}{line[1:]}." for line in marginal_cost(records)]
+    results = f"bench/results/{folder}"
+    links = [f"[Every case, its sizes and its command]({results}/cases.md); how a step grows:", ""]
+    return "\n".join([*lines, "", *costs, "", *links, f"![seconds and memory of a step]({results}/scaling.svg)"])
 
 
-def _markdown_row(record):
+def _times_and_memory(record, other):
     rows = record["contestants"]
-    ours, other = ours_and_best_other(record)
-    mine, theirs = rows[ours], rows.get(other, {})
+    ours = rows["ours"]
+    if other == record["floor"] and other not in rows:
+        return record["floor_seconds"] / ours["seconds"], None
+    if "seconds" not in rows.get(other, {}):
+        return None
+    sizes = rows[other]["peak_bytes"], ours["peak_bytes"]
+    return rows[other]["seconds"] / ours["seconds"], sizes[0] / sizes[1] if min(sizes) > SMALL_MEMORY else None
 
-    def both(key, show):
-        return " / ".join(show(row[key]) if row.get(key) is not None else "" for row in (mine, theirs))
 
-    ratio = f"{theirs['seconds'] / mine['seconds']:.2f}×" if theirs else ""
-    other_ms = f"{theirs['seconds'] * 1e3:.1f}" if theirs else ""
-    cells = [
-        f"{record['question']}: {record['case']}",
-        f"{mine['seconds'] * 1e3:.1f}",
-        f"{mine['seconds'] / record['floor_seconds']:.2f}",
-        other or "",
-        other_ms,
-        ratio,
-        both("peak_bytes", lambda value: f"{value / 2**20:.0f}"),
-        both("error", lambda value: f"{value:.0e}"),
-    ]
-    return f"| {' | '.join(cells)} |"
+def _range(ratios):
+    if not ratios:
+        return ""
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}×{spread}"
+
+
+def _machine(run):
+    cpu, versions = run["hardware"]["cpu"], run["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", *RIVALS) if versions[name])
+    return (
+        f"CPU only: {cpu['model']}, {cpu['torch_threads']} threads, {' '.join(cpu['instruction_sets'])}, torch's best "
+        f"float32 product at {run['gemm_gflops']:.0f} GFLOP/s; {packages}. {' '.join(run['remarks'])}".strip()
+    )
+
+
+def every_case(run):
+    """A row for each case and contestant."""
+    records = run["cases"]
+    lines = [f"## {records[0]['question']}", "", _machine(run), ""]
+    lines += [f"`{run['command']}` at {run['commit']}. Floor: {records[0]['floor']}. {LEGEND}", ""]
+    lines += [f"| case | {' | '.join(HEAD)} |", "|---" * (1 + len(HEAD)) + "|"]
+    for record in records:
+        for name, row in record["contestants"].items():
+            cells = [row["fault"]] if "fault" in row else map(str, _figures(record, row))
+            lines.append(f"| {record['case']} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def along(axis, records):
