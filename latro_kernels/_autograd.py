@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -18,9 +18,22 @@ class _FirstOrder(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        return grad
+        # Gradients are enabled here where the graph of this pass is kept. A kernel's gradient knows nothing of its
+        # inputs by then: as a constant it would silently leave a term out.
+        return _Refused.apply(grad.detach().requires_grad_()) if torch.is_grad_enabled() else grad
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "latro_kernels: kernels have no second derivative; got a loss that would differentiate twice"
+        )
 
 
 def first_order(tensor: Tensor | None) -> Any:

@@ -9,6 +9,12 @@ from latro_kernels.testing import random_batch
 V, D = 40, 16
 
 
+@pytest.fixture(params=[(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
+def precision(request):
+    """The dtype, which decides the backend, and how closely sums agree."""
+    return request.param
+
+
 def setup(operator, dtype=torch.float64):
     """A function of leaves that gives a scalar, and the leaves."""
     tree, scored = random_batch(0, V).pack()
@@ -46,38 +52,38 @@ def test_gradients_are_those_of_finite_differences(operator):
 
 
 @every_operator
-def test_no_graph_without_gradients(operator):
-    function, leaves = setup(operator)
+def test_no_graph_without_gradients(operator, precision):
+    function, leaves = setup(operator, precision[0])
     with torch.no_grad():
         assert not function(*leaves).requires_grad
     assert not function(*(leaf.detach() for leaf in leaves)).requires_grad
 
 
 @every_operator
-def test_each_input_may_be_frozen(operator):
-    function, leaves = setup(operator)
+def test_each_input_may_be_frozen(operator, precision):
+    function, leaves = setup(operator, precision[0])
     expected = torch.autograd.grad(function(*leaves), leaves)
     for n, leaf in enumerate(leaves):
         others = [x if i == n else x.detach() for i, x in enumerate(leaves)]
         (grad,) = torch.autograd.grad(function(*others), leaf)
-        torch.testing.assert_close(grad, expected[n], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, expected[n], rtol=precision[1], atol=precision[1])
 
 
 @every_operator
-def test_backward_twice_and_accumulation(operator):
-    function, leaves = setup(operator)
+def test_backward_twice_and_accumulation(operator, precision):
+    function, leaves = setup(operator, precision[0])
     loss = function(*leaves)
     loss.backward(retain_graph=True)
     once = [leaf.grad.clone() for leaf in leaves]
     loss.backward()
     function(*leaves).backward()
     for leaf, grad in zip(leaves, once, strict=True):
-        torch.testing.assert_close(leaf.grad, 3 * grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(leaf.grad, 3 * grad, rtol=precision[1], atol=precision[1])
 
 
 @every_operator
-def test_double_backward_raises(operator):
-    function, leaves = setup(operator)
+def test_double_backward_raises(operator, precision):
+    function, leaves = setup(operator, precision[0])
     for n, leaf in enumerate(leaves):
         others = [x if i == n else x.detach() for i, x in enumerate(leaves)]
         (grad,) = torch.autograd.grad(function(*others), leaf, create_graph=True)
@@ -86,16 +92,16 @@ def test_double_backward_raises(operator):
 
 
 @every_operator
-def test_inputs_are_not_changed(operator):
-    function, leaves = setup(operator)
+def test_inputs_are_not_changed(operator, precision):
+    function, leaves = setup(operator, precision[0])
     before = [leaf.detach().clone() for leaf in leaves]
     function(*leaves).backward()
     assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
 
 
 @pytest.mark.parametrize("operator", ["linear_logprobs", "fused_self_reward_loss"])
-def test_nan_in_gives_nan_out(operator):
-    function, leaves = setup(operator)
+def test_nan_in_gives_nan_out(operator, precision):
+    function, leaves = setup(operator, precision[0])
     with torch.no_grad():
         leaves[1][3, 2] = torch.nan
     assert function(*leaves).isnan()
