@@ -21,4 +21,4 @@ def set_memory_budget(budget: int) -> None:
     checks.check_number("set_memory_budget", "budget", budget)
     if budget < 0 or budget != int(budget):
         raise ValueError(f"set_memory_budget: budget must be a whole number of bytes >= 0, got {budget}")
-    _budget = int(budget)
+    _budget = min(int(budget), 2**63 - 1)  # what the kernels can count to

@@ -1,10 +1,12 @@
 """The fused loss in C++: gradients made with the loss, some prompts at a time."""
 
 import itertools
+import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latro_kernels import SelfReward, fused_self_reward_loss, get_memory_budget, set_memory_budget
 from latro_kernels.impl import status
@@ -105,6 +107,30 @@ def test_a_small_budget_cuts_the_batch_between_prompts(parts, monkeypatch):
     assert len(seen) == {"all prompts at once": 1, "some prompts at once": 3, "nothing kept": 4}[parts]
 
 
+def test_a_part_is_forgotten_before_the_next(monkeypatch):
+    """What is kept for one part's gradients is within the budget, and nothing else is kept beside it."""
+    kept = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name() == "latro_kernels::linear_logprobs":
+                assert all(storage() is None for storage in kept)
+            results = function(*args, **(kwargs or {}))
+            if function.name() == "latro_kernels::linear_logprobs":
+                kept.append(weakref.ref(results[3].untyped_storage()))
+            return results
+
+    monkeypatch.setattr(grouped, "FEWEST_TOKENS", 1)
+    before = get_memory_budget()
+    set_memory_budget(64 * V * 4)
+    try:
+        with Watch():
+            results()
+    finally:
+        set_memory_budget(before)
+    assert len(kept) > 1
+
+
 def test_small_prompts_are_joined():
     *_, scored, _ = inputs()
     assert grouped._parts(scored.plan, most_tokens=0) == [(0, len(scored.rows))], "they are fewer than FEWEST_TOKENS"
@@ -129,6 +155,7 @@ def test_the_graph_may_be_retained():
     hidden, weight, bias, scored, ref_logps = inputs()
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     loss = fused_self_reward_loss(hidden, weight, scored, bias=bias, ref_logps=ref_logps).loss
+    loss = loss * 3
     loss.backward(retain_graph=True)
     first = [leaf.grad.clone() for leaf in leaves]
     loss.backward()

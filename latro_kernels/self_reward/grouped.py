@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latro_kernels.linear_logprobs.native import Head, add_grads, new_grads
+from latro_kernels.linear_logprobs.native import Grads, Head, add_grads, new_grads
 from latro_kernels.memory import get_memory_budget
 from latro_kernels.self_reward.objective import SelfRewardTerms
 from latro_kernels.tree import LossPlan
@@ -67,17 +67,11 @@ class _Grouped(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = head._replace(hidden=hidden, weight=weight, bias=bias)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        for_head = for_weight or for_bias
         grads = new_grads(head, for_hidden, for_weight, for_bias, weight.dtype if len(parts) == 1 else torch.float32)
         logps = hidden.new_zeros(head.rows.shape[0], dtype=torch.float32)
         entropy = torch.zeros_like(logps)
         for begin, end in parts:
-            part = head.part(begin, end)
-            found = torch.ops.latro_kernels.linear_logprobs(*part, budget if for_head else 0, not for_head)
-            logps[begin:end], entropy[begin:end], *kept = found
-            # The log-probs of later prompts are still 0; this part's coefficients do not depend on them.
-            terms, coefficients = _coefficients(terms_of, logps)
-            add_grads(coefficients[begin:end].contiguous(), part, [found[0], *kept], grads, first=begin == 0)
+            terms = _add_part(head, slice(begin, end), budget, grads, logps, entropy, terms_of)
         results = (*(value.detach() for value in terms[1:]), logps, entropy)
         ctx.mark_non_differentiable(*results)
         ctx.save_for_backward(*grads.like(head))
@@ -90,6 +84,26 @@ class _Grouped(torch.autograd.Function):
         if grad != 1:  # reading it is free on the CPU, scaling the gradient of weight is not
             grads = tuple(None if own is None else own * grad.item() for own in grads)
         return *grads, None, None, None, None
+
+
+def _add_part(
+    head: Head,
+    part: slice,
+    budget: int,
+    grads: Grads,
+    logps: Tensor,
+    entropy: Tensor,
+    terms_of: Callable[[Tensor], SelfRewardTerms],
+) -> SelfRewardTerms:
+    """Fills in the part's log-probs and entropy, and adds its gradients. What is kept for those goes with the call."""
+    of_part = head.part(part.start, part.stop)
+    for_head = grads.weight is not None or grads.bias is not None
+    found, uncertainty, *kept = torch.ops.latro_kernels.linear_logprobs(*of_part, budget, not for_head)
+    logps[part], entropy[part] = found, uncertainty
+    # The log-probs of later prompts are still 0; this part's coefficients do not depend on them.
+    terms, coefficients = _coefficients(terms_of, logps)
+    add_grads(coefficients[part].contiguous(), of_part, [found, *kept], grads, first=part.start == 0)
+    return terms
 
 
 def _coefficients(terms_of: Callable[[Tensor], SelfRewardTerms], logps: Tensor) -> tuple[SelfRewardTerms, Tensor]:
