@@ -22,9 +22,9 @@ STABLE_TORCH_LIBRARY(latro_kernels, m) {
 
   // Log-probs of targets under a linear head, and the entropy of each. numbers are temperature, softcap (0: none) and
   // logit_scale, in float64: as a tensor, because torch.compile would start again for each new value. state [3, M],
-  // exponentials [entries kept, M padded] and unit_grad [M padded, D padded] are for the backward pass: exponentials
-  // take at most `budget` bytes, and those that are not kept are made again; unit_grad replaces them where weight and
-  // bias need no gradient.
+  // exponentials [entries kept, M padded] and unit_grad [M padded + 12, D padded] are for the backward pass:
+  // exponentials take at most `budget` bytes, and those that are not kept are made again; unit_grad replaces them where
+  // weight and bias need no gradient.
   m.def(
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, Tensor numbers, "
       "Tensor? temperatures, int budget, bool unit_grad) "

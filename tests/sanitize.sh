@@ -23,7 +23,7 @@ run() {
 }
 
 run python setup.py --quiet build_ext --inplace
-export LD_PRELOAD="${libraries[*]}" ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
+export LD_PRELOAD="${libraries[*]}" ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1
 # The tests of the size of errors run the same code on the same shapes, many times.
 run pytest --quiet -k "not error" tests/test_*_native.py tests/test_self_reward.py
 for set in $(python -c 'import torch, latro_kernels; print(torch.ops.latro_kernels.instruction_sets().replace(",", " "))'); do

@@ -72,6 +72,7 @@ def assert_equal(function, leaves, dtype, **constants):
         return [out.detach(), *torch.autograd.grad(out, own, direction)]
 
     for n, (ours, exact) in enumerate(zip(run("native", dtype), run("reference", torch.float64), strict=True)):
+        # Of sums of numbers near 1, which may cancel.
         bound = TOLERANCE[dtype] * max(1.0, float(exact.abs().max()) if exact.numel() else 0)
         assert ours.shape == exact.shape
         if exact.numel():

@@ -82,13 +82,30 @@ def test_error_is_about_that_of_eager(dtype, variant, p, budget, instruction_set
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 2, 1), (2, 3, 2, 5), (9, 1, 400, 7), (5, 130, 3, 70), (300, 8, 200, 2200)])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 1), (2, 3, 2, 5), (9, 1, 400, 7), (5, 130, 3, 70), (5, 1100, 3, 70)])
 def test_any_size(shape, dtype, budget, instruction_set):
-    """The last has more tokens than one block."""
-    arguments, direction, options = inputs(0, dtype, 0.5, shape=shape)
-    exact = results(arguments, direction, options, "reference", torch.float64)
+    """The last is wider than what one task does of the gradient of hidden."""
+    assert_equals_the_definition(*inputs(0, dtype, 0.5, shape=shape))
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False)], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_blocks_of_tokens_and_chunks_of_the_vocabulary(dtype, wanted, no_budget):
+    """2100 tokens are two blocks; of the first, 12 MiB of exponentials are less than the vocabulary."""
+    T, D, V = 2100, 8, 1700 if dtype == torch.float32 else 3200
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((T, D), (V, D), (V,)))
+    targets = torch.randint(V, (T,), generator=generator)
+    direction = torch.randn(T, generator=generator)
+    assert_equals_the_definition((hidden, weight, bias, torch.arange(T), targets), direction, {}, wanted)
+
+
+def assert_equals_the_definition(arguments, direction, options, wanted=(True, True, True)):
+    dtype = arguments[0].dtype
+    exact = results(arguments, direction, options, "reference", torch.float64, wanted)
+    found = results(arguments, direction, options, "native", wanted=wanted)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for name, ours, truth in zip(NAMES, results(arguments, direction, options, "native"), exact, strict=True):
+    for name, ours, truth in zip(NAMES, found, exact, strict=False):
         size = max(float(truth.abs().max()), 1e-3)
         assert (ours.double() - truth).abs().max() <= tolerance * size, name
 
@@ -223,12 +240,13 @@ def test_a_logit_far_above_all_that_were_guessed_from(height, budget, instructio
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("forbidden", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("height", [-200.0, 200.0])
-def test_all_that_were_guessed_from_forbidden(height, budget, instruction_set):
+def test_all_that_were_guessed_from_forbidden(height, forbidden, budget, instruction_set):
     """As when an answer is one of a few tokens."""
     (hidden, weight, _, rows, targets), direction, options = inputs()
     allowed = torch.tensor([1, 2, 5, 383])
-    bias = torch.full((weight.shape[0],), -torch.inf).index_fill(0, allowed, height)
+    bias = torch.full((weight.shape[0],), forbidden).index_fill(0, allowed, height)
     arguments = (hidden, weight, bias, rows, allowed[targets % 4])
     exact = results(arguments, direction, options, "reference", torch.float64)
     for name, ours, truth in zip(NAMES, results(arguments, direction, options, "native"), exact, strict=True):
@@ -294,13 +312,17 @@ def test_evaluation_keeps_nothing(frozen):
     assert evaluation == 0
 
 
-def test_entropy(instruction_set):
+@pytest.mark.parametrize("forbidden", [0, 100])
+def test_entropy(forbidden, instruction_set):
+    """Some forbidden entries are targets."""
     (hidden, weight, bias, rows, targets), *_ = inputs()
+    bias[:forbidden] = -torch.inf
+    assert not forbidden or (targets < forbidden).any()
     options = {"bias": bias, "temperature": 0.7, "impl": "native"}
     logps, entropy = linear_logprobs(hidden, weight, rows, targets, entropy=True, **options)
     assert logps.equal(linear_logprobs(hidden, weight, rows, targets, **options))
     logits = (hidden[rows].double() @ weight.double().T + bias.double()) / 0.7
-    expected = torch.distributions.Categorical(logits=logits).entropy()
+    expected = torch.special.entr(logits.softmax(-1)).sum(-1)
     torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -317,6 +339,22 @@ def test_operator_passes_opcheck(each, unit_grad):
         # The exponentials of padding are whatever the memory held.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+def test_unit_grad_is_for_a_frozen_head_alone():
+    (hidden, weight, bias, rows, targets), *_ = inputs()
+    numbers = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    weight.requires_grad_()
+    logps, *_ = torch.ops.latro_kernels.linear_logprobs(hidden, weight, bias, rows, targets, numbers, None, 0, True)
+    with pytest.raises(RuntimeError, match="unit_grad gives the gradient of hidden alone"):
+        logps.sum().backward()
+
+
+@pytest.mark.parametrize("budget", [2**70, 1e30])
+def test_a_budget_may_be_larger_than_any_memory(budget, no_budget):
+    arguments, direction, options = inputs()
+    set_memory_budget(budget)
+    assert all(result.isfinite().all() for result in results(arguments, direction, options, "native"))
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, torch.nan, "1", True])

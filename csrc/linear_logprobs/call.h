@@ -17,10 +17,9 @@ namespace latro::linear_logprobs {
 
 constexpr const char* OP = "linear_logprobs";
 
-constexpr int64_t PIECE = 12 << 20;  // bytes
+constexpr int64_t PIECE = 12 << 20;  // bytes of each of the four pieces of memory that a call has: under 64 MB together
 constexpr int64_t STRIP = 192;       // vocabulary entries: two of the kernel's blocks
-constexpr int64_t MOST_TOKENS = 2048;
-constexpr int64_t BLOCK_ROWS = 12;  // of every register block a multiple
+constexpr int64_t MOST_TOKENS = 2048;  // in a block: enough for products at full rate
 constexpr int SUMS = 3;
 
 // Memory that is not set to zero, and whose pages are first touched by the threads that fill it.

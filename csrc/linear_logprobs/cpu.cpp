@@ -2,8 +2,8 @@
 //
 // Tokens go in blocks and the vocabulary in strips of fixed size, so that results do not depend on the number of
 // threads. Beside what it returns, a call needs a constant amount of memory, PIECE four times and scratch of threads;
-// and for bfloat16 tokens of several blocks, whose gradients of weight add up in float32, a float32 copy of that
-// gradient.
+// for bfloat16 tokens of several blocks, whose gradients of weight add up in float32, a float32 copy of that gradient;
+// and a copy of hidden or weight where its rows are not contiguous.
 
 #include <torch/csrc/stable/library.h>
 
@@ -58,16 +58,26 @@ class Forward {
           call_.problem, tokens, packed.data(), begin * panel, end * panel, found.shift.data(), memory.data());
     });
     make_logits(block, packed.data(), found);
-    if (std::any_of(found.most.begin(), found.most.end(), [](float most) { return std::abs(most) > FARTHEST; })) {
-      for (int64_t t = 0; t < tokens.padded; ++t) {
-        found.shift[t] += found.most[t];
-      }
+    // From a guess as far off as a mask of -3e38, the first correction is itself rounded: to within FARTHEST of 0.
+    for (int again = 0; again < 2 && correct_shifts(found); ++again) {
       make_logits(block, packed.data(), found);
     }
     return found;
   }
 
  private:
+  // Whether any shift was too far from its token's largest logit.
+  static bool correct_shifts(Statistics& found) {
+    bool corrected = false;
+    for (size_t t = 0; t < found.shift.size(); ++t) {
+      if (std::isfinite(found.most[t]) && std::abs(found.most[t]) > FARTHEST) {
+        found.shift[t] += found.most[t];
+        corrected = true;
+      }
+    }
+    return corrected;
+  }
+
   void make_logits(const Block& block, const void* packed, Statistics& found) const {
     const Tokens tokens = block.tokens();
     const Buffer<float> sums(call_.strips() * SUMS * tokens.padded);
@@ -154,7 +164,7 @@ int64_t kept_entries(const Call& call, int64_t budget) {
 }
 
 // logps and entropy [M]; state [3, M]: the shift, one over the sum, and the slope of the softcap at the target;
-// exponentials [entries kept, M padded]; unit_grad [M padded, D padded], empty unless it is asked for.
+// exponentials [entries kept, M padded]; unit_grad [M padded + BLOCK_ROWS, D padded], in whose place nothing is kept.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden,
     const Tensor& weight,
@@ -168,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Call call(hidden, weight, bias, rows, targets, numbers, temperatures);
   const int64_t M = call.M;
   const int64_t columns = round_up(M, LANES);
-  const int64_t kept = kept_entries(call, budget);
+  const int64_t kept = unit_grad ? 0 : kept_entries(call, budget);
   const auto floats = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(hidden, size, ScalarType::Float);
   };
@@ -412,8 +422,8 @@ Tensor* asked(
   }
   require(
       fits && (found == dtype || found == or_dtype), OP, ": ", name,
-      " must be contiguous, of the shape of its tensor, and ", torch::headeronly::toString(dtype), ", got ",
-      shape(*grad), " and ", torch::headeronly::toString(found));
+      " must be contiguous, of the shape of its tensor, and ", torch::headeronly::toString(dtype), " or ",
+      torch::headeronly::toString(or_dtype), ", got ", shape(*grad), " and ", torch::headeronly::toString(found));
   return &*grad;
 }
 
@@ -450,6 +460,9 @@ void backward(
       OP, ": exponentials must be the forward's");
   const bool has_unit = unit_grad.size(0) > 0;
   require(!has_unit || unit_grad.size(0) == columns + BLOCK_ROWS, OP, ": unit_grad must be the forward's");
+  require(
+      !has_unit || (hidden_grad && !weight_grad && !bias_grad), OP,
+      ": unit_grad gives the gradient of hidden alone; make the forward pass without it");
 
   const Problem& problem = call.problem;
   Grads grads = {

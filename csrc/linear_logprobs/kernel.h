@@ -15,6 +15,9 @@ constexpr int TILE_STRIDE = COLUMNS + 16;  // rows of a tile a power of two apar
 // Tokens whose exponentials lie packed in that cache at once, for the gradient of hidden.
 constexpr int GRAD_TOKENS = 192;
 
+// Vectors of logits that become exponentials together, to hide each other's latency.
+constexpr int FOLDED = 4;
+
 // Of a product whose logit does not count.
 constexpr float TAKEN = -__builtin_inff();
 
@@ -51,7 +54,7 @@ LATRO_INLINE uint32_t pair(Bfloat16 low, Bfloat16 high) {
 
 // Copies of rows of numbers as units; zeros behind the last.
 template <int W>
-struct Units {
+struct Copies {
   // Along a row: to[0..padded) from from[0..count).
   static void copy_units(const float* from, int64_t count, int64_t padded, float* to) {
     std::memcpy(to, from, sizeof(float) * count);
@@ -101,6 +104,8 @@ struct Kernel {
   static constexpr int UNIT = UnitOf<T>::SIZE;
   static constexpr int P = PANEL<W>;
   static constexpr int R = ROWS<W>;
+  static_assert(BLOCK_ROWS % R == 0 && ENTRIES % R == 0 && GRAD_TOKENS % BLOCK_ROWS == 0);
+  static_assert(LANES % P == 0 && COLUMNS % P == 0 && LANES % (FOLDED * W) == 0);
 
   static int64_t units(int64_t count) {
     return (count + UNIT - 1) / UNIT;
@@ -155,7 +160,7 @@ struct Kernel {
             from_float(scaled[part] + i, from && column + i < in.D ? to_float(from[column + i]) * factor[t] : 0);
           }
         }
-        Units<W>::copy_across(scaled[0], scaled[UNIT - 1], P, P, to);
+        Copies<W>::copy_across(scaled[0], scaled[UNIT - 1], P, P, to);
       }
     }
   }
@@ -170,7 +175,7 @@ struct Kernel {
       for (int64_t first = 0; first < length; first += SLICE * UNIT, to += ENTRIES * SLICE) {
         const int64_t part = smaller(SLICE * UNIT, length - first);
         if (from) {
-          Units<W>::copy_units(from + first, part, units(part), to);
+          Copies<W>::copy_units(from + first, part, units(part), to);
         } else {
           std::memset(to, 0, sizeof(Unit) * units(part));
         }
@@ -317,8 +322,7 @@ struct Kernel {
     }
   }
 
-  // Products to exponentials, which stay in the tile to be kept, and their sums down the columns. Four vectors at a
-  // time, so that they hide each other's latency.
+  // Products to exponentials, which stay in the tile to be kept, and their sums down the columns.
   template <bool SUM>
   static void fold_tile(
       const Problem& in,
@@ -331,7 +335,7 @@ struct Kernel {
       bool keep,
       float* tile,
       Sums sums) {
-    constexpr int N = 4;
+    constexpr int N = FOLDED;
     for (int j = 0; j < columns; j += N * W) {
       const int64_t at = t + j;
       Float<W> scale[N], inverse[N], shift[N], most[N], sum[N] = {}, weighted[N] = {};
@@ -428,11 +432,11 @@ struct Kernel {
       if constexpr (sizeof(T) == sizeof(Unit)) {
         std::memcpy(to, from + i, sizeof(Unit) * SIZE);  // of constant size: no call
       } else {
-        Units<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
+        Copies<W>::copy_across(from + i, next ? next + i : nullptr, SIZE, SIZE, to);
       }
     }
     if (i < count) {
-      Units<W>::copy_across(from + i, next ? next + i : nullptr, count - i, SIZE, to);
+      Copies<W>::copy_across(from + i, next ? next + i : nullptr, count - i, SIZE, to);
     }
   }
 

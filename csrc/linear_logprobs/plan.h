@@ -11,8 +11,6 @@
 
 namespace latro::linear_logprobs {
 
-constexpr int64_t LANES = 64;  // blocks of tokens are padded to this, a multiple of every panel and vector
-
 inline int64_t round_up(int64_t x, int64_t to) {
   return (x + to - 1) / to * to;
 }

@@ -9,8 +9,12 @@
 
 namespace latro::linear_logprobs {
 
-// Columns that hidden_grad takes at once, at most.
+// Columns that hidden_grad takes at once, at most; and what its tokens come in multiples of.
 constexpr int HIDDEN_GRAD_COLUMNS = 1024;
+constexpr int BLOCK_ROWS = 12;
+
+// Blocks of tokens are padded to this.
+constexpr int64_t LANES = 64;
 
 // Rows of D contiguous elements; the stride is in elements.
 struct Rows {

@@ -58,16 +58,25 @@ def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def linear_logprobs(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The definition's arguments. The entropy is there whether it is asked for or not: it costs next to nothing."""
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     refuse_forward_mode("linear_logprobs")
-    head = head_of(*arguments[:-1])
+    head = head_of(hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
     for_head = any(tensor is not None and tensor.requires_grad for tensor in (head.weight, head.bias))
     for_hidden_alone = head.hidden.requires_grad and not for_head
     budget = get_memory_budget() if for_head and torch.is_grad_enabled() else 0
     unit_grad = for_hidden_alone and torch.is_grad_enabled()
-    logps, entropy, *_ = torch.ops.latro_kernels.linear_logprobs(*head, budget, unit_grad)
-    return logps, entropy
+    logps, found, *_ = torch.ops.latro_kernels.linear_logprobs(*head, budget, unit_grad)
+    return logps, found if entropy else None
 
 
 def _up(size: Any, to: int) -> Any:
@@ -81,7 +90,7 @@ def _fake(
     M, (V, D) = rows.shape[0], weight.shape
     columns = _up(M, LANES)
     kept = torch.sym_min(V, budget // (torch.sym_max(columns, LANES) * hidden.element_size()))
-    kept = V if kept == V else kept // STRIP * STRIP
+    kept = 0 if unit_grad else V if kept == V else kept // STRIP * STRIP
 
     def floats(*size: Any) -> Tensor:
         return hidden.new_empty(size, dtype=torch.float32)
