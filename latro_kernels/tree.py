@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def _score_padded(input_ids: Tensor, in_rationale: Tensor, in_answer: Tensor, nu
 def pack_rationales(
     prompts: Sequence[Tokens],
     rationales: Sequence[Sequence[Tokens]],
-    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
+    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]] | Sequence[Sequence[Sequence[Tokens]]],
     *,
     ends: int | Sequence[Sequence[int | None]] | None = None,
     baseline: bool = False,
@@ -165,10 +165,11 @@ def pack_rationales(
     """Pack x, its rationales z_k and after each of them y, for N prompts.
 
     prompts: N token lists. rationales: for each prompt, K_n token lists, any of which may be empty.
-    answers: for each prompt one token list, or a list of them (options, the right one first).
+    answers: for each prompt one token list, or a list of them (options, the right one first), or for each of its
+        rationales such a list, where the tokens between a rationale and its answer are not the same everywhere.
     ends: the token that ended a rationale, for all of them or one each (None where it was cut off). It is scored with
         the rationale, on a side leaf that the answer does not see.
-    baseline: also score y straight after x.
+    baseline: also score y straight after x; not with answers for each rationale.
     """
     _check_groups(prompts, rationales, answers, ends)
     with _on_host():
@@ -178,13 +179,13 @@ def pack_rationales(
 def _pack_groups(
     prompts: Sequence[Tokens],
     rationales: Sequence[Sequence[Tokens]],
-    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
+    answers: Sequence[Any],
     ends: int | Sequence[Sequence[int | None]] | None,
     baseline: bool,
 ) -> tuple[PrefixTree, ScoredTokens]:
     packing = _Packing()
     for n, prompt in enumerate(prompts):
-        options = _options(answers[n], n)
+        options = _options(answers[n], len(rationales[n]), n)
         root = packing.node(prompt, -1, f"prompts[{n}]")
         first = len(packing.prompt)
         for k, rationale in enumerate(rationales[n]):
@@ -196,10 +197,15 @@ def _pack_groups(
                 packing.node([end], node, f"ends of rationales[{n}][{k}]")
             # An end leaf is laid out straight after its rationale, so one token more is all it takes to score it.
             packing.segment(RATIONALE, r, 0, node, extra=end is not None)
-            for o, (name, answer) in enumerate(options):
+            for o, (name, answer) in enumerate(options[k]):
                 packing.segment(ANSWER, r, o, packing.node(answer, node, name))
         if baseline:
-            for o, (name, answer) in enumerate(options):
+            if _is_per_rationale(answers[n]):
+                raise ValueError(
+                    f"pack_rationales: baseline needs one answer to all rationales of a prompt, got answers[{n}] "
+                    "with one for each"
+                )
+            for o, (name, answer) in enumerate(options[0]):
                 packing.segment(BASELINE, first, o, packing.node(answer, root, name))
     return packing.finish()
 
@@ -352,17 +358,41 @@ def _token_list(operator: str, tokens: Tokens, name: str) -> array[int]:
         raise TypeError(f"{operator}: {name} must be a list of token ids, got {tokens!r:.80}") from None
 
 
-def _options(answer: Tokens | Sequence[Tokens], n: int) -> list[tuple[str, Tokens]]:
-    """The named options of a prompt's answer, which may be given as a single token list."""
-    single = len(answer) > 0 and hasattr(answer[0], "__index__") and getattr(answer[0], "ndim", 0) == 0
-    if single:
-        return [(f"answers[{n}]", cast(Tokens, answer))]
-    named = [(f"answers[{n}][{o}]", option) for o, option in enumerate(cast(Sequence[Tokens], answer))]
+def _options(answer: Any, rationales: int, n: int) -> list[list[tuple[str, Tokens]]]:
+    """The named options of a prompt's answer, behind each of its rationales."""
+    if not _is_per_rationale(answer):
+        return [_named_options(answer, f"answers[{n}]")] * rationales
+    if len(answer) != rationales:
+        raise ValueError(
+            f"pack_rationales: answers[{n}] must have one entry per rationale, {rationales}, got {len(answer)}"
+        )
+    options = [_named_options(of_rationale, f"answers[{n}][{k}]") for k, of_rationale in enumerate(answer)]
+    counts = [len(of_rationale) for of_rationale in options]
+    if len(set(counts)) > 1:
+        raise ValueError(f"pack_rationales: answers[{n}] must have as many options at each rationale, got {counts}")
+    return options
+
+
+def _is_per_rationale(answer: Any) -> bool:
+    """Whether it is a list of lists of lists, of which the innermost are tokens."""
+    depth = 0
+    while not isinstance(answer, str | bytes) and hasattr(answer, "__len__") and getattr(answer, "ndim", 1) > 0:
+        if not len(answer):
+            break
+        answer, depth = answer[0], depth + 1
+    return depth > 2
+
+
+def _named_options(answer: Any, name: str) -> list[tuple[str, Tokens]]:
+    """The options, or the only one, which may be given as a single token list."""
+    if len(answer) > 0 and hasattr(answer[0], "__index__") and getattr(answer[0], "ndim", 0) == 0:
+        return [(name, cast(Tokens, answer))]
+    named = [(f"{name}[{o}]", option) for o, option in enumerate(cast(Sequence[Tokens], answer))]
     if not named:
-        raise ValueError(f"pack_rationales: answers[{n}] must have at least one token, got none")
-    for name, option in named:
+        raise ValueError(f"pack_rationales: {name} must have at least one token, got none")
+    for of_option, option in named:
         if hasattr(option, "__len__") and not len(option):
-            raise ValueError(f"pack_rationales: {name} must have at least one token, got none")
+            raise ValueError(f"pack_rationales: {of_option} must have at least one token, got none")
     return named
 
 
@@ -374,7 +404,7 @@ def _check_list(operator: str, name: str, value: object) -> None:
 def _check_groups(
     prompts: Sequence[Tokens],
     rationales: Sequence[Sequence[Tokens]],
-    answers: Sequence[Tokens] | Sequence[Sequence[Tokens]],
+    answers: Sequence[Any],
     ends: int | Sequence[Sequence[int | None]] | None,
 ) -> None:
     operator = "pack_rationales"

@@ -99,6 +99,18 @@ BAD = {
     "empty option": (
         rationales(answers=[[[1], []]]), ValueError,
         "pack_rationales: answers[0][1] must have at least one token, got none"),
+    "answers do not match rationales": (
+        rationales(answers=[[[[5]]]]), ValueError,
+        "pack_rationales: answers[0] must have one entry per rationale, 2, got 1"),
+    "rationales with other numbers of options": (
+        rationales(answers=[[[[5]], [[5], [6]]]]), ValueError,
+        "pack_rationales: answers[0] must have as many options at each rationale, got [1, 2]"),
+    "empty option of a rationale": (
+        rationales(answers=[[[[5]], [[]]]]), ValueError,
+        "pack_rationales: answers[0][1][0] must have at least one token, got none"),
+    "baseline with an answer for each rationale": (
+        rationales(answers=[[[[5]], [[6]]]], baseline=True), ValueError,
+        "pack_rationales: baseline needs one answer to all rationales of a prompt, got answers[0] with one for each"),
     "negative token in a rationale": (
         rationales(groups=[[[3], [-1]]]), ValueError,
         "pack_rationales: rationales[0][1] must hold token ids >= 0, got -1"),

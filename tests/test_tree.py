@@ -115,6 +115,17 @@ def test_packed_segments_are_the_paths(seed, end, baseline):
     assert scored.plan.min_vocab == int(scored.targets.max()) + 1
 
 
+def test_an_answer_for_each_rationale():
+    options = [[[4], [5, 6]], [[7], [8]]]
+    tree, scored = pack_rationales([[1], [9]], [[[2], []], [[3]]], [options, [[[4]]]])
+    assert tree.tokens.tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 3, 4]
+    assert scored.targets.tolist() == [2, 4, 5, 6, 7, 8, 3, 4]
+    assert scored.option.tolist() == [0, 0, 1, 0, 0, 1, 0, 0]
+    for segment, context in ((1, [1, 2]), (2, [1, 2]), (4, [1]), (5, [1]), (7, [9, 3])):
+        row = int(scored.rows[scored.segment == segment][0])
+        assert tree.tokens[path_to(tree, row)].tolist() == context
+
+
 def test_ends_are_scored_but_not_seen_by_the_answer():
     tree, scored = pack_rationales([[1]], [[[2, 3]]], [[4]], ends=9)
     assert scored.targets.tolist() == [2, 3, 9, 4]
