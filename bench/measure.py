@@ -40,6 +40,7 @@ PRELOADED = (
     "bench.bench_head",
     "bench.bench_attention",
     "bench.bench_step",
+    "bench.bench_rollout",
     "cut_cross_entropy",
     "liger_kernel.chunked_loss.fused_linear_ppo",
     "torch._inductor.compile_fx",

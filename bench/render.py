@@ -19,7 +19,7 @@ LEGEND = (
 )
 RIVALS = ("trl", "liger-kernel", "cut-cross-entropy")
 SMALL_MEMORY = 32 * 2**20  # of which what libraries touch for the first time is a good part
-QUESTIONS = ("attention", "head", "step", "scaling")
+QUESTIONS = ("attention", "head", "step", "scaling", "rollout")
 AXES = {"K": "rationales of a prompt", "P": "tokens of the prompt", "V": "vocabulary"}
 
 
@@ -90,7 +90,7 @@ def summary(runs, folder):
     lines = [
         _machine(runs[0]),
         "",
-        "| forward and backward | ours against | cases | is faster by | needs less memory by |",
+        "| measured | ours against | cases | is faster by | needs less memory by |",
         "|---|---|---|---|---|",
     ]
     records = [record for run in runs for record in run["cases"]]

@@ -10,8 +10,9 @@ Sizes: T tokens, H heads, E head size.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ IMPLEMENTATION = "latro_tree"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 # What models pass to an attention function for others' sake. The window comes with the mask, as it does in eager.
-IRRELEVANT = {"logits_to_keep", "position_embeddings", "position_ids", "return_dict", "sliding_window"}
+IRRELEVANT = {"logits_to_keep", "position_embeddings", "position_ids", "return_dict", "sliding_window", "use_cache"}
 
 # Modules, by a part of their class name, that no mask can make attend to a path alone.
 UNABLE = {
@@ -45,24 +46,29 @@ LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True, eq=False)
-class TreeMask:
+class PathMask(ABC):
     """An attention mask that is not stored, with as much of a tensor as models ask of a mask that they pass on."""
 
-    tree: PrefixTree
-    window: int | None = None
+    window: int | None = field(default=None, kw_only=True)
 
     @property
     def ndim(self) -> int:
         return 1
 
     @property
-    def shape(self) -> torch.Size:
-        return self.tree.tokens.shape
+    @abstractmethod
+    def shape(self) -> torch.Size: ...
 
-    def view(self, *shape: int) -> TreeMask:
+    @abstractmethod
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """q [B, H, L, E], k [B, Hkv, L, E], v [B, Hkv, L, Ev] of this call's tokens -> [B, L, H, Ev]."""
+
+    def view(self, *shape: int) -> PathMask:
         return self
 
-    def __getitem__(self, index: tuple[slice, ...]) -> TreeMask:
+    def __getitem__(self, index: tuple[slice, ...]) -> PathMask:
         if any(part not in (slice(None), slice(0, None)) for part in index):
             raise IndexError(
                 f"tree_hidden: the attention mask is a tree, of which there is only the whole, got {index}"
@@ -76,6 +82,34 @@ class TreeMask:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class TreeMask(PathMask):
+    """Each token of a packed row sees its own path."""
+
+    tree: PrefixTree
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tree.tokens.shape
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        E, Ev = q.shape[-1], v.shape[-1]
+        widest = max(E, Ev)  # the kernels have one head size; zeros change neither scores nor output
+        out = tree_attention(
+            F.pad(q[0], (0, widest - E)),
+            F.pad(k[0], (0, widest - E)),
+            F.pad(v[0], (0, widest - Ev)),
+            self.tree,
+            scale=scale,
+            softcap=softcap,
+            window=self.window,
+            sinks=sinks,
+        )
+        return out[..., :Ev].transpose(0, 1)[None]
+
+
 def _layer_mask(
     *,
     attention_mask: Any,
@@ -83,9 +117,9 @@ def _layer_mask(
     config: PreTrainedConfig,
     local_size: int | None = None,
     **_: Any,
-) -> TreeMask:
+) -> PathMask:
     """The mask of one kind of layer, of which `mask_function` says which (query, key) pairs of one sequence it has."""
-    if not isinstance(attention_mask, TreeMask):
+    if not isinstance(attention_mask, PathMask):
         got = type(attention_mask).__name__
         raise ValueError(f"tree_hidden: {config.model_type} must be given the tree as its attention_mask, got {got}")
     query = (local_size or 1) + 1  # with a window, the first query that no longer sees key 0 nor key 1
@@ -114,9 +148,9 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: q [1, H, T, E], k [1, Hkv, T, E], v [1, Hkv, T, Ev] -> [1, T, H, Ev]."""
+    """transformers' attention function."""
     layer = type(module).__name__
-    if not isinstance(attention_mask, TreeMask):
+    if not isinstance(attention_mask, PathMask):
         got = type(attention_mask).__name__
         raise ValueError(f"tree_hidden: {layer} must be given the tree as its attention_mask, got {got}")
     if dropout:
@@ -130,19 +164,8 @@ def _attention(
     if unknown:
         raise ValueError(f"tree_hidden: {layer} must compute plain attention, got {', '.join(unknown)}")
 
-    E, Ev = query.shape[-1], value.shape[-1]
-    widest = max(E, Ev)  # the kernels have one head size; zeros change neither scores nor output
-    out = tree_attention(
-        F.pad(query[0], (0, widest - E)),
-        F.pad(key[0], (0, widest - E)),
-        F.pad(value[0], (0, widest - Ev)),
-        attention_mask.tree,
-        scale=E**-0.5 if scaling is None else scaling,
-        softcap=softcap,
-        window=attention_mask.window,
-        sinks=s_aux,
-    )
-    return out[..., :Ev].transpose(0, 1)[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention_mask.attention(query, key, value, scale, softcap, s_aux), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -152,7 +175,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, _layer_mask)
 def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _leave(module, args, None)  # an interrupt may have kept the last call from doing so
     is_inside = module.config._attn_implementation_internal == IMPLEMENTATION
-    if not is_inside and any(isinstance(given, TreeMask) for given in (*args, *kwargs.values())):
+    if not is_inside and any(isinstance(given, PathMask) for given in (*args, *kwargs.values())):
         module._outside_tree = module.config._attn_implementation_internal
         module.config._attn_implementation_internal = IMPLEMENTATION
 
@@ -221,7 +244,7 @@ def _refuse_layers(model: PreTrainedModel) -> None:
             refuse(str(adapter.peft_type), "prepends learned tokens")
 
 
-def check_rope(model: PreTrainedModel, tree: PrefixTree) -> None:
+def check_rope(model: PreTrainedModel, positions: Tensor) -> None:
     """A path alone and in a row must be rotated alike: the row's longest path must be within the original length."""
     config = decoder_of(model).config
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -229,7 +252,7 @@ def check_rope(model: PreTrainedModel, tree: PrefixTree) -> None:
     for rope in per_kind:
         if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
             original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            longest = int(tree.positions.max()) + 1
+            longest = int(positions.max()) + 1
             if longest > original:
                 raise ValueError(
                     f"tree_hidden: with {rope['rope_type']} rotary embeddings a path must have at most {original} "

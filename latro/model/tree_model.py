@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from latro.model.attention import TreeMask, check_rope, decoder_of, prepare
@@ -31,6 +31,8 @@ class TreeModel(nn.Module):
     during a call: no other thread may then use it, or a model that shares its configuration.
     """
 
+    accepts_loss_kwargs = False  # transformers' Trainer asks
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         if not hasattr(model, "get_output_embeddings"):
@@ -38,6 +40,19 @@ class TreeModel(nn.Module):
         prepare(model)
         self.model = model
         self.head_options = _HeadOptions.of(model)
+        # For accelerate, which wraps these.
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.model.gradient_checkpointing_enable(**options)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """The same under the name of transformers 5.23, which is asked for where it is there."""
+        self.model.activation_checkpointing_enable(**options)
 
     def forward(self, tree: PrefixTree, scored: ScoredTokens, **options: Any) -> SelfRewardLoss:
         """`options` are those of fused_self_reward_loss, except the head's own: bias, softcap and logit_scale."""
@@ -116,7 +131,7 @@ def _at_head(model: PreTrainedModel, tree: PrefixTree, compute: Callable[[Tensor
     head = head_of(model)
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     check_range("TreeModel", "tree.tokens", tree.tokens, vocabulary, "vocabulary")
-    check_rope(model, tree)
+    check_rope(model, tree.positions)
     results = []
 
     def at_head(hidden: Tensor) -> Tensor:
@@ -124,14 +139,28 @@ def _at_head(model: PreTrainedModel, tree: PrefixTree, compute: Callable[[Tensor
         # The hooks of the head look for gradients in its output, and the model goes on to scale it: the tensor itself.
         return results[0].loss if isinstance(results[0], SelfRewardLoss) else results[0]
 
-    with _replaced_forward(head, at_head):
-        model(
-            input_ids=tree.tokens[None],
-            attention_mask=TreeMask(tree),
-            position_ids=tree.positions[None],
-            use_cache=False,
-        )
-    return results[0]
+    # ZeRO-3's hooks put a tensor of their own in the output's place, and gather the weight when its gradient comes.
+    hooked: list[Tensor] = []
+    last_hook = head.register_forward_hook(lambda head, given, output: hooked.append(output))
+    try:
+        with _replaced_forward(head, at_head):
+            model(
+                input_ids=tree.tokens[None],
+                attention_mask=TreeMask(tree),
+                position_ids=tree.positions[None],
+                use_cache=False,
+            )
+    finally:
+        last_hook.remove()
+    return results[0]._replace(loss=hooked[0]) if isinstance(results[0], SelfRewardLoss) else hooked[0]
+
+
+def at_rows(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
+    """The logits [rows, V] at some rows of one sequence of inputs, others not being made."""
+    head = head_of(model)
+    all_rows = head.forward
+    with _replaced_forward(head, lambda hidden: all_rows(hidden[:, rows])):
+        return model(**inputs).logits[0]
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def self_reward(
     if objective.kl == "k1" and objective.beta:
         reward = reward - objective.beta * kl.detach()
     # Results share storage neither with each other nor with what was given.
-    advantage = _leave_one_out(reward, scored, objective.scale) if advantage is None else advantage.clone()
+    advantage = leave_one_out(reward, scored, objective.scale) if advantage is None else advantage.clone()
 
     loss = -(advantage * rationale_logp + objective.answer_weight * answer_logp).sum() / denominator
     coefficients = torch.where(in_rationale, -advantage[rationale], 0) - objective.answer_weight * in_answer.to(
@@ -163,7 +163,7 @@ def _token_kl(d: Tensor, kl: str) -> tuple[Tensor, Tensor]:
     return torch.expm1(-d) + d, -torch.expm1(-d)
 
 
-def _leave_one_out(reward: Tensor, scored: ScoredTokens, scale: str | None) -> Tensor:
+def leave_one_out(reward: Tensor, scored: ScoredTokens, scale: str | None) -> Tensor:
     """A_k = r_k − mean_{j≠k} r_j = (K r_k − Σ_j r_j) / (K − 1)."""
     P = scored.plan.group_rationales.shape[0] - 1
     prompt = scored.prompt
