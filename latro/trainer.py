@@ -1,0 +1,340 @@
+"""LaTRO's training loop on transformers' Trainer (Algorithm 1 of arXiv 2411.04282).
+
+For each update: sample K rationales of each prompt from the policy; pack `x z_1 y z_2 y … z_K y`; score all of them in
+one forward pass of the policy and one of the reference; reward, advantage, loss; one step.
+
+Precision, accumulation, clipping, schedules, data parallelism, checkpoints and logging are left to transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latro import recording
+from latro.batch import Batch, Group, split
+from latro.checkpoint import WholeCheckpoints, newest
+from latro.config import LatroConfig
+from latro.data import Example, as_examples
+from latro.evaluate import Evaluation, evaluate
+from latro.grading import Grader, graders_for
+from latro.metrics import Meter, RunLog
+from latro.model import TreeModel, verify_tree
+from latro.objectives import Latro, Sums
+from latro.prepare import disable_dropout, frozen_copy, longest_path, objective_of, sampling_of, text_of, those_that_fit
+from latro.progress import Progress
+from latro.rollout import Engine, LocalEngine, Sample, sample_key
+from latro.watch import Watch, rationale_margin, refuse
+from latro_kernels import SelfRewardLoss
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+def _as_it_is(examples: list[Example]) -> Any:
+    return examples
+
+
+class LatroTrainer(WholeCheckpoints):
+    """Trains `model` to reason its way to the answers of `train_dataset`.
+
+    train_dataset, eval_dataset: examples of `latro.data.load`, or rows as TRL has them.
+    reward_funcs: called as TRL calls them, with prompts, completions and the examples' answers; added to the
+        self-reward.
+    engine: what samples rationales; the model itself by default.
+    graders: by which evaluation finds completions right, the most important one first; by default what stands behind
+        the answer's template must be the answer.
+    """
+
+    args: LatroConfig
+    train_dataset: list[Example]
+    eval_dataset: list[Example] | None
+    loss_is_scaled_for_ga = False  # transformers divides the loss by the number of micro-batches
+
+    def __init__(
+        self,
+        model: Any,
+        args: LatroConfig,
+        train_dataset: Sequence[Any],
+        eval_dataset: Sequence[Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_funcs: Sequence[RewardFunction] = (),
+        engine: Engine | None = None,
+        graders: Sequence[Grader] = (),
+        **options: Any,
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("LatroTrainer: processing_class must be the model's tokenizer, got None")
+        if len(args.reward_weights or reward_funcs) != len(reward_funcs):
+            raise ValueError(
+                f"LatroTrainer: reward_weights must be one for each of the {len(reward_funcs)} reward_funcs, "
+                f"got {args.reward_weights}"
+            )
+        # Under a LoRA adapter the model is its own reference, without it.
+        self.adapted = model if hasattr(model, "disable_adapter") else None
+        policy: PreTrainedModel = model if self.adapted is None else model.get_base_model()
+        if args.disable_dropout:
+            disable_dropout(policy)
+        tree_model = TreeModel(policy)
+        verify_tree(tree_model)
+        self.text = text_of(args, processing_class)
+        self.sampling = sampling_of(args, self.text, policy)
+        self.objective: Latro = objective_of(args)
+        self.reward_funcs = list(reward_funcs)
+        self.graders = list(graders) or list(graders_for("", args.answer_template))
+        self.run_log, self.meter, self.watch = RunLog(Path(str(args.output_dir))), Meter(), Watch()
+        self._update: list[Group] = []  # what the update is made of
+        self._begun: tuple[int, list[list[Group]], Meter] = (-1, [], self.meter)  # as an update began
+        self._ahead: list[list[Group]] = []  # micro-batches that are sampled, for later updates
+        self._behind = 0  # micro-batches sampled before a resumption, that the data still has to pass by
+        super().__init__(
+            model=tree_model,
+            args=args,
+            train_dataset=those_that_fit(as_examples(train_dataset), self.text, args, longest_path(policy)),
+            eval_dataset=None if eval_dataset is None else as_examples(eval_dataset),
+            processing_class=processing_class,
+            data_collator=_as_it_is,
+            **options,
+        )
+        self.reference = None if args.beta == 0 or self.adapted else frozen_copy(policy).to(args.device)
+        # Where parameters are sharded, each process samples and scores with a whole copy: were one to call the shards
+        # more often than the others, it would wait for them.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        whole = nn.Module.to(copy.deepcopy(policy), args.device) if sharded else policy
+        self.local = LocalEngine(whole, args.rollout_batch_size)
+        self.engine = engine or self.local
+        Progress.take_over(self)
+        if args.top_p < 1 or args.top_k:
+            logger.warning("top_p and top_k bias the gradient: what is sampled is not the policy that is scored")
+        if (args.steps_per_generation or 0) > args.gradient_accumulation_steps:
+            logger.warning("steps_per_generation makes rationales older than the policy they train, uncorrected")
+
+    # Algorithm 1
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The micro-batches of one update: sample z_1 … z_K ~ π(· | x) for each prompt x (line 3)."""
+        super().get_batch_samples(epoch_iterator, self._behind, device)
+        self._behind = 0
+        if not self._ahead:
+            most = max(num_batches, self.args.steps_per_generation or 0)
+            batches, _ = super().get_batch_samples(epoch_iterator, most, device)
+            groups = self.rollouts([example for batch in batches for example in batch])
+            self._ahead = split(groups, [len(batch) for batch in batches])
+        parts, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
+        self._begun = (self.state.global_step, parts, self.meter.copy())
+        self._update = [group for part in parts for group in part]
+        if self.state.global_step == 0 and self._update:
+            self.watch.margin(rationale_margin(TreeModel(self.local.model), self.text, self._update))
+        own = torch.tensor(sum(len(group.samples) for group in self._update), device=device)
+        R = int(self.accelerator.reduce(own, "sum"))
+        return [self.pack(part, R) for part in parts], None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Rewards, advantages and the gradient of a micro-batch (lines 4 to 6)."""
+        # log π0(z_k | x), of the frozen model
+        ref_logps = self.reference_logps(inputs)
+        # log π(z_k | x) and log π(y | x, z_k); r_k = log π(y | x, z_k) − β (log π(z_k | x) − log π0(z_k | x));
+        # A_k = r_k − mean of the others; loss = −1/R Σ_k A_k log π(z_k | x) + λ log π(y | x, z_k)
+        out = model(
+            inputs.tree,
+            inputs.scored,
+            ref_logps=ref_logps,
+            objective=self.objective,
+            extras=inputs.extras(),
+            temperature=self.args.temperature,
+            denominator=inputs.denominator,
+            entropy=True,
+        )
+        self.record(inputs, out, ref_logps)
+        # Gradients are averaged over processes and micro-batches, and ours are to be added up.
+        loss = out.loss * self.accelerator.num_processes * self.current_gradient_accumulation_steps
+        return (loss, out) if return_outputs else loss
+
+    # What its lines are made of
+
+    def rollouts(self, examples: Sequence[Example]) -> list[Group]:
+        self.engine.sync(self.model_wrapped)
+        prompts = [self.text.prompt(example.prompt) for example in examples]
+        step, K = self.state.global_step, self.args.num_generations
+        keys = [[sample_key(self.args.seed, step, example.id, k) for k in range(K)] for example in examples]
+        with self.compute_loss_context_manager(), Progress.bar(self, len(examples) * K, "sampling") as progress:
+            sampled = self.engine.generate(prompts, keys, self.sampling, progress)
+        return [Group.of(self.text, *parts) for parts in zip(examples, sampled, strict=True)]
+
+    def pack(self, groups: list[Group], denominator: int) -> Batch:
+        rewards = self.rewards(groups)
+        return Batch.of(groups, rewards, denominator, score_end=self.args.score_end, device=self.args.device)
+
+    def rewards(self, groups: list[Group]) -> dict[str, Tensor]:
+        """What each of reward_funcs gives each rationale, by its weight."""
+        examples = [group.example for group in groups for _ in group.rationales]
+        weights = self.args.reward_weights or [1.0] * len(self.reward_funcs)
+        found = {}
+        for weight, function in zip(weights, self.reward_funcs, strict=True):
+            given = function(
+                prompts=[example.prompt for example in examples],
+                completions=[rationale.text for group in groups for rationale in group.rationales],
+                answer=[example.answer for example in examples],
+            )
+            name = getattr(function, "__name__", type(function).__name__)
+            if len(given) != len(examples):
+                raise ValueError(f"reward function {name} must give {len(examples)} rewards, got {len(given)}")
+            found[name] = weight * torch.tensor(list(given), dtype=torch.float32)
+        return found
+
+    @torch.no_grad()
+    def reference_logps(self, batch: Batch) -> Tensor | None:
+        if self.args.beta == 0:
+            return None
+        if self.reference is not None:
+            return self.reference.logprobs(batch.tree, batch.scored, temperature=self.args.temperature)
+        assert self.adapted is not None
+        with self.adapted.disable_adapter():
+            return self.tree_model.logprobs(batch.tree, batch.scored, temperature=self.args.temperature)
+
+    @property
+    def tree_model(self) -> TreeModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def language_model(self) -> Any:
+        return self.tree_model.model if self.adapted is None else self.adapted
+
+    # transformers expects dictionaries of tensors
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # on their device since they were packed
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 6 * sum(p.numel() for p in self.tree_model.parameters()) * len(inputs.tree.tokens)
+
+    # Figures
+
+    def record(self, batch: Batch, out: SelfRewardLoss, ref_logps: Tensor | None) -> None:
+        sums = Sums.of(out.logps, batch.scored, ref_logps)
+        reward, advantage = self.objective.reward_and_advantage(sums, batch.scored, batch.extras())
+        if not torch.isfinite(out.loss):
+            found = {"reward": reward, "answer_logp": sums.answer, "rationale_logp": sums.rationale}
+            self.stop("loss", out.loss.item(), batch.groups, found)
+        found = recording.figures(batch, out, sums, reward, advantage)
+        self.meter.add(found)
+        self.meter.count({"num_tokens": len(batch.tree.tokens)})
+        self.watch.length(float(found["rationale_length"].float().mean()))
+        step = self.state.global_step
+        if self.args.log_completions and step % self.args.completions_every == 0 and self.is_world_process_zero():
+            most = self.args.num_completions_to_print
+            for rows in recording.rationales(batch, self.text, sums, reward, advantage, most):
+                self.run_log.rationales(step, rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.meter.take(self.accelerator)}
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self.run_log.metrics(self.state.global_step, self.state.log_history[-1])
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A GradScaler leaves out the steps whose gradients overflowed.
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)) and self.accelerator.scaler is None:
+            self.stop("gradient norm", float(norm), self._update, {})
+        return norm
+
+    def stop(self, what: str, value: float, groups: Sequence[Group], found: dict[str, Tensor]) -> None:
+        refuse(what, value, self.state.global_step, self.run_log.folder, groups, found)
+
+    # Evaluation, and what a resumed run has to find again
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Accuracy of greedy completions, and what else `latro.evaluate` measures."""
+        examples = self.eval_dataset if eval_dataset is None else as_examples(eval_dataset)
+        if not examples:
+            raise ValueError("LatroTrainer: evaluation needs an eval_dataset, got none")
+        evaluation = self.evaluation_of(examples)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_of(self, examples: Sequence[Example]) -> Evaluation:
+        """Each process asks a part of the questions; all have the whole result."""
+        self.engine.sync(self.model_wrapped)
+        if self.engine is not self.local:
+            self.local.sync(self.model_wrapped)
+        own = examples[self.args.process_index :: self.args.world_size]
+        gathered = gather_object([self._evaluate_part(own)] if own else [])
+        order = {example.id: n for n, example in enumerate(examples)}
+        records = [record for part in gathered for record in part.records]
+        return Evaluation(gathered[0].graders, tuple(sorted(records, key=lambda record: order[record.id])))
+
+    def _evaluate_part(self, examples: Sequence[Example]) -> Evaluation:
+        with Progress.bar(self, len(examples) * (1 + self.args.majority), "evaluating") as progress:
+            return evaluate(
+                self.local.model,
+                self.text,
+                examples,
+                graders=self.graders,
+                max_tokens=self.args.max_completion_length,
+                majority=self.args.majority,
+                temperature=self.args.temperature,
+                seed=self.args.seed,
+                engine=self.engine,
+                progress=progress,
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of output_dir."""
+        if resume_from_checkpoint is True:
+            found = newest(self.run_log.folder)
+            if found is None:
+                raise FileNotFoundError(f"train: there is no checkpoint in {self.run_log.folder} to resume from")
+            resume_from_checkpoint = str(found)
+        self._ahead, self._behind = [], 0
+        if resume_from_checkpoint:
+            self._restore(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, *args, **options)
+
+    def save_more(self, checkpoint: Path) -> None:
+        """What was measured, and rationales not yet trained on: sampled again, they would be of another policy.
+
+        An update may be under way (enable_jit_checkpoint): a resumed run begins it again.
+        """
+        step, parts, meter = self._begun
+        waiting, measured = (self._ahead, self.meter) if step < self.state.global_step else (parts + self._ahead, meter)
+        ahead = [[(g.example.id, [asdict(sample) for sample in g.samples]) for g in part] for part in waiting]
+        (checkpoint / self._own_file).write_text(json.dumps({"meter": measured.state(), "ahead": ahead}))
+
+    def _restore(self, checkpoint: Path) -> None:
+        path = checkpoint / self._own_file
+        if not path.is_file():
+            return
+        saved = json.loads(path.read_text())
+        self.meter.restore(saved["meter"], self.args.device)
+        examples = {example.id: example for example in self.train_dataset}
+        self._ahead = [
+            [Group.of(self.text, examples[id], [Sample(**sample) for sample in samples]) for id, samples in part]
+            for part in saved["ahead"]
+        ]
+        self._behind = len(self._ahead)
+
+    @property
+    def _own_file(self) -> str:
+        """Of this process. Another number of processes has other micro-batches, and finds none."""
+        return f"latro-{self.args.process_index}-of-{self.args.world_size}.json"
