@@ -1,0 +1,5 @@
+import sys
+
+from latro.cli import main
+
+sys.exit(main())
