@@ -14,14 +14,14 @@ import copy
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench.bench_step import MODEL, SMALL_MODEL
+from bench.bench_step import HALF_MODEL, MODEL, SMALL_MODEL
 from bench.measure import Case
 from latro.rollout import LocalEngine, Sampling
 from tests.float64 import Float64
 
 CASES = {  # P, R, K
     "toy": (SMALL_MODEL, [(64, 8, 4)]),
-    "default": (MODEL, [(900, 32, 16)]),
+    "default": (HALF_MODEL, [(400, 16, 8)]),
     "full": (MODEL, [(900, 32, 16), (900, 128, 16), (900, 256, 16)]),
 }
 
