@@ -62,7 +62,10 @@ def those_that_fit(examples: list[Example], text: Text, args: LatroConfig, longe
     """The examples without those whose prompt is too long for args. What cannot be trained on at all is refused."""
     kept, empty = [], text.rationale([])
     for example in examples:
-        prompt, answer = len(text.prompt(example.prompt)), len(text.answer(empty, example.answer))
+        try:
+            prompt, answer = len(text.prompt(example.prompt)), len(text.answer(empty, example.answer))
+        except ValueError as error:
+            raise ValueError(f"train_dataset: example {example.id}: {error}") from None
         if args.max_prompt_length is not None and prompt > args.max_prompt_length:
             continue
         needed = prompt + args.max_completion_length + answer

@@ -330,6 +330,12 @@ def test_prompts_without_room_are_refused_before_training(tmp_path):
         trainer_of(tmp_path, Scripted(), tiny_llama(TOKENIZER, max_position_embeddings=64), max_completion_length=500)
 
 
+def test_answers_that_the_tokenizer_cannot_write_are_refused_before_training(tmp_path):
+    data = [*examples(2), Example("cold", "How cold?", "0 °C")]
+    with pytest.raises(ValueError, match="train_dataset: example cold: answer: the tokenizer must give back"):
+        trainer_of(tmp_path, Scripted(), data=data)
+
+
 def test_one_generation_for_several_updates(tmp_path, caplog):
     engine = Scripted()
     trainer_of(tmp_path, engine, max_steps=4, steps_per_generation=2).train()
