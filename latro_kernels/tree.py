@@ -30,6 +30,11 @@ RATIONALE, ANSWER, BASELINE = 0, 1, 2
 # Rows of an attention tile: one warpgroup's matrix instruction on Hopper has 64.
 TILE = 64
 
+# Queries of a key tile that one program takes at least, the most programs that share a tile, and how many programs run
+# at once: a prompt is seen by all of its rationales, a rationale by itself, and no program should run on alone for
+# long. Parts take memory: where there are programs enough, there are none.
+LEAST_PART, MOST_PARTS, PROGRAMS = 512, 8, 256
+
 Tokens = Sequence[int]
 Record = TypeVar("Record", bound="_TensorRecord")
 
@@ -47,16 +52,18 @@ class _TensorRecord:
 
 @dataclass(frozen=True, eq=False)
 class TreeTiles(_TensorRecord):
-    """The attention work list: for each tile of queries, the tiles of keys that it sees.
+    """The attention work lists, of rows [begin, end).
 
-    A query tile is at most TILE consecutive tokens of one path, so a key before the tile is seen by all of its queries
-    or by none. Key tile c holds the keys c * TILE <= j < (c + 1) * TILE.
+    A tile is at most TILE consecutive tokens of one path, of queries or of keys, so a key tile before a query tile is
+    seen by all of its queries or by none, key by key. The queries that see a key are contiguous: its descendants.
     """
 
-    query: Tensor  # [Q, 2] int32: the first row, and one past the last
-    offset: Tensor  # [Q + 1] int32: query tile n sees key[offset[n]:offset[n + 1]]
-    key: Tensor  # [N] int32, ascending within a query tile
-    full: Tensor  # [N] bool: every query of the tile sees every key
+    query: Tensor  # [Q, 2] int32: the tiles, in order
+    offset: Tensor  # [Q + 1] int32: the queries of tile n see key[offset[n]:offset[n + 1]]
+    key: Tensor  # [N, 2] int32: tiles of keys; in each query tile's stretch the full ones come first
+    full: Tensor  # [Q] int32: of key[offset[n]:full[n]], TILE keys each, every query of tile n sees every key
+    seen: Tensor  # [W, 5] int32: a key tile, one past the last query that sees all of it, a range of its queries
+    parts: Tensor  # [L, 2] int32: seen[:L] are parts of tiles, in order: of one tile seen[parts[l, 0]:parts[l, 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,31 +324,48 @@ def _tiles(reach: Tensor, previous: Tensor) -> TreeTiles:
     row = torch.arange(len(reach))
     run_start = (previous != row - 1) | (previous < 0)  # a run is a stretch of one path
     run = run_start.cumsum(0) - 1
-    first = row[run_start]
-    begin = row[(row - first[run]) % TILE == 0]
+    begin = row[(row - row[run_start][run]) % TILE == 0]
     end = torch.cat([begin[1:], begin.new_tensor([len(reach)])])
+    # Along a path, reach does not grow: the first key of a tile is seen longest.
+    longest, shortest = reach[begin], reach[end - 1]
 
-    # Candidates: from the first key of the query's root to its own last row.
-    root = row[previous < 0]
-    root_first = root[torch.searchsorted(root, begin, right=True) - 1]
-    key_first, key_last = root_first // TILE, (end - 1) // TILE
-    count = key_last - key_first + 1
-    query = torch.arange(len(begin)).repeat_interleave(count)
-    key = torch.arange(len(query)) - (count.cumsum(0) - count - key_first)[query]
-
-    padding = -len(reach) % TILE
-    shortest = torch.nn.functional.pad(reach, (0, padding), value=len(reach)).view(-1, TILE).amin(1)[key]
-    longest = torch.nn.functional.pad(reach, (0, padding), value=0).view(-1, TILE).amax(1)[key]
-    a, b = begin[query], end[query]
-    seen = longest > a
-    full = (key * TILE + TILE - 1 <= a) & (shortest >= b)
-    per_query = torch.bincount(query[seen], minlength=len(begin))
+    # Candidates: from the first tile of the query's root to its own.
+    tile = torch.arange(len(begin))
+    first = torch.searchsorted(begin, row[previous < 0])
+    of_root = first[torch.searchsorted(first, tile, right=True) - 1]
+    count = tile - of_root + 1
+    query = tile.repeat_interleave(count)
+    key = torch.arange(len(query)) - (count.cumsum(0) - count - of_root)[query]
+    visible = longest[key] > begin[query]
+    query, key = query[visible], key[visible]
+    full = (key < query) & (shortest[key] > begin[query]) & (end[key] - begin[key] == TILE)
+    key = key[torch.argsort(2 * query + ~full, stable=True)]
+    offset = torch.cat([query.new_zeros(1), torch.bincount(query, minlength=len(begin)).cumsum(0)])
+    seen, parts = _seen(begin, end, shortest, longest)
     return TreeTiles(
         query=torch.stack([begin, end], 1).int(),
-        offset=torch.cat([per_query.new_zeros(1), per_query.cumsum(0)]).int(),
-        key=key[seen].int(),
-        full=full[seen],
+        offset=offset.int(),
+        key=torch.stack([begin[key], end[key]], 1).int(),
+        full=(offset[:-1] + torch.bincount(query[full], minlength=len(begin))).int(),
+        seen=seen.int(),
+        parts=parts.int(),
     )
+
+
+def _seen(begin: Tensor, end: Tensor, shortest: Tensor, longest: Tensor) -> tuple[Tensor, Tensor]:
+    """Key tiles with the queries that see them: those that many see in parts, so that no one has to wait for them."""
+    queries = longest - begin
+    size = (queries / MOST_PARTS).ceil().clamp(max(LEAST_PART, int(queries.sum()) // PROGRAMS))
+    count = (queries / size).ceil().long()
+    tile = torch.arange(len(begin)).repeat_interleave(count)
+    part = torch.arange(len(tile)) - (count.cumsum(0) - count)[tile]
+    low = begin[tile] + part * size[tile].long()
+    high = torch.minimum(low + size[tile].long(), longest[tile])
+    shared = count[tile] > 1
+    order = torch.argsort(torch.where(shared, -len(tile) - longest.max(), low - high), stable=True)
+    seen = torch.stack([begin[tile], end[tile], shortest[tile], low, high], 1)[order]
+    last = count[count > 1].cumsum(0)
+    return seen, torch.stack([last - count[count > 1], last], 1).repeat_interleave(count[count > 1], 0)
 
 
 def _offsets(counts: Sequence[int]) -> Tensor:

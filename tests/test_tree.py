@@ -63,13 +63,39 @@ def test_tiles_hold_every_visible_pair_and_nothing_else(seed, longest):
     for n, (a, b) in enumerate(tiles.query.tolist()):
         assert 0 < b - a <= TILE
         for entry in range(tiles.offset[n], tiles.offset[n + 1]):
-            keys = slice(int(tiles.key[entry]) * TILE, int(tiles.key[entry] + 1) * TILE)
+            keys = slice(*tiles.key[entry].tolist())
             block = mask[a:b, keys]
             assert block.any()
-            assert bool(tiles.full[entry]) == bool(block.all() and block.shape[1] == TILE)
+            assert not listed[a:b, keys].any()
+            assert (entry < tiles.full[n]) == bool(block.all() and block.shape[1] == TILE)
             listed[a:b, keys] = True
     assert not (mask & ~listed).any()
     assert tiles.query[0, 0] == 0 and tiles.query[-1, 1] == len(tree.tokens)
+
+
+@pytest.mark.parametrize("longest", [3, 40, 400])
+@pytest.mark.parametrize("seed", range(10))
+def test_every_query_that_sees_a_key_tile_is_in_one_part_of_it(seed, longest):
+    tree = PrefixTree.pack(*random_forest(seed, nodes=15, longest=longest))
+    mask, tiles = visible(tree), tree.tiles
+    listed = torch.zeros_like(mask)
+    shared = {}
+    for part, (a, b, full, low, high) in enumerate(tiles.seen.tolist()):
+        assert low < high
+        assert mask[low:high, a:b].any(1).all()
+        assert mask[b:full, a:b].all() and not mask[full:, a:b].all(1).any()
+        assert not listed[low:high, a:b].any()
+        listed[low:high, a:b] = True
+        shared.setdefault((a, b), []).append(part)
+    assert not (mask & ~listed).any()
+    split = {tuple(parts) for parts in shared.values() if len(parts) > 1}
+    assert [part for parts in sorted(split) for part in parts] == list(range(len(tiles.parts)))
+    for part, (first, last) in enumerate(tiles.parts.tolist()):
+        assert part in range(first, last) and tuple(range(first, last)) in split
+    lengths = (tiles.seen[len(tiles.parts) :, 4] - tiles.seen[len(tiles.parts) :, 3]).tolist()
+    assert lengths == sorted(lengths, reverse=True), "the longest work starts first"
+    if longest == 400:
+        assert split
 
 
 @pytest.mark.parametrize("baseline", [False, True])
