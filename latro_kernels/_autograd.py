@@ -43,10 +43,10 @@ def first_order(tensor: Tensor | None) -> Any:
     return _FirstOrder.apply(tensor)
 
 
-def refuse_forward_mode(operator: str) -> None:
+def refuse_forward_mode(operator: str, impl: str = "native") -> None:
     """An operator registered without a forward-mode derivative would pass for a constant."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        raise RuntimeError(f"{operator}: impl='native' has no forward-mode derivative; use impl='reference'")
+        raise RuntimeError(f"{operator}: impl={impl!r} has no forward-mode derivative; use impl='reference'")
 
 
 def autocast_operands(*tensors: Tensor | None) -> tuple[Any, ...]:

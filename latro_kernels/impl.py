@@ -7,26 +7,34 @@ from typing import NamedTuple
 
 import torch
 
-from latro_kernels import _native
+from latro_kernels import _native, _triton
 
 OPERATORS = ("tree_attention", "linear_logprobs", "self_reward", "fused_self_reward_loss")
 BACKENDS = ("native", "triton", "reference")  # in order of preference
 DEVICES = ("cpu", "cuda")
 
 # Device types that a backend has kernels for. The reference is eager PyTorch, for every operator on every device.
+# On a CPU, Triton's are for tests: they run in its interpreter, and "auto" never takes them.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("tree_attention", "native"): ("cpu",),
+    ("tree_attention", "triton"): ("cpu", "cuda"),
     ("linear_logprobs", "native"): ("cpu",),
+    ("linear_logprobs", "triton"): ("cpu", "cuda"),
     ("self_reward", "native"): ("cpu", "cuda"),
     ("fused_self_reward_loss", "native"): ("cpu",),
+    ("fused_self_reward_loss", "triton"): ("cpu", "cuda"),
 }
 
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 # The dtypes that a kernel takes, where it does not take every floating one.
 DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("tree_attention", "native"): (torch.float32, torch.bfloat16),
+    ("tree_attention", "triton"): HALF_AND_SINGLE,
     ("linear_logprobs", "native"): (torch.float32, torch.bfloat16),
+    ("linear_logprobs", "triton"): HALF_AND_SINGLE,
     ("fused_self_reward_loss", "native"): (torch.float32, torch.bfloat16),
+    ("fused_self_reward_loss", "triton"): HALF_AND_SINGLE,
 }
 
 
@@ -66,14 +74,15 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | 
     if not found.ready:
         raise RuntimeError(f"{operator}: impl={impl!r} cannot run on {device.type}: {found.reason}; {found.mend}")
     if not takes(operator, impl, dtype):
-        names = " and ".join(str(taken) for taken in DTYPES[operator, impl])
-        raise RuntimeError(f"{operator}: impl={impl!r} takes {names}, got {dtype}; cast, or use impl='reference'")
+        *others, last = map(str, DTYPES[operator, impl])
+        wanted = f"{', '.join(others)} and {last}"
+        raise RuntimeError(f"{operator}: impl={impl!r} takes {wanted}, got {dtype}; cast, or use impl='reference'")
     return impl
 
 
 def _best(operator: str, device_type: str, dtype: torch.dtype | None) -> str:
     for backend in BACKENDS[:-1]:
-        if not takes(operator, backend, dtype):
+        if not takes(operator, backend, dtype) or (backend, device_type) == ("triton", "cpu"):
             continue
         found = status(operator, backend, device_type)
         if found.ready:
@@ -91,11 +100,13 @@ def _warn_once(operator: str, device_type: str, found: Status) -> None:
         )
 
 
-def _native_status(device_type: str) -> Status:
-    fault = _native.fault(device_type)
+def _status(backend: str, device_type: str) -> Status:
+    fault = {"native": _native, "triton": _triton}[backend].fault(device_type)
     return Status(False, *fault) if fault else READY
 
 
 # Read at import, so that choosing is a dictionary look-up that torch.compile can trace.
-_STATUS = {("native", device_type): _native_status(device_type) for device_type in DEVICES}
+_STATUS = {
+    (backend, device_type): _status(backend, device_type) for backend in ("native", "triton") for device_type in DEVICES
+}
 _warned: set[Status] = set()

@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Before Triton is imported: its kernels then run on a CPU, in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from latro_kernels import _native
 

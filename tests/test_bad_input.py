@@ -209,6 +209,8 @@ BAD = {
     "window 0": (attention(window=0), ValueError, "tree_attention: window must be > 0, got 0"),
     "fractional window": (
         attention(window=1.5), TypeError, "tree_attention: window must be a whole number of tokens, got 1.5"),
+    "no heads": (
+        attention(q=(0, T, 8)), ValueError, f"tree_attention: q must have at least one head, got [0, {T}, 8]"),
     "head size 0": (
         attention(q=(4, T, 0), k=(2, T, 0)), ValueError,
         f"tree_attention: q must have a head size E > 0, got [4, {T}, 0]"),
@@ -220,7 +222,8 @@ BAD = {
         attention(impl="cuda"), ValueError,
         "tree_attention: impl must be one of 'auto', 'native', 'triton', 'reference', got 'cuda'"),
     "impl that is not here": (
-        attention(impl="triton"), RuntimeError, "tree_attention: impl='triton' cannot run on cpu: "),
+        attention(q=meta(4, T, 8), k=meta(2, T, 8), tree=TREE.to("meta"), impl="triton"), RuntimeError,
+        "tree_attention: impl='triton' cannot run on meta: tree_attention has no triton kernel for meta; use impl="),
     # log-probs
     "hidden shape": (
         logprobs(hidden=(1, T, D)), ValueError, f"linear_logprobs: hidden must have shape [T, D], got [1, {T}, {D}]"),
@@ -320,7 +323,8 @@ BAD = {
     "negative temperature": (
         loss(temperature=-1.0), ValueError, "fused_self_reward_loss: temperature must be > 0, got -1.0"),
     "fused in a backend without it": (
-        loss(impl="triton"), RuntimeError, "fused_self_reward_loss: impl='triton' cannot run on cpu: "),
+        loss(meta(T, D), meta(V, D), SCORED.to("meta"), ref_logps=meta(M), impl="triton"), RuntimeError,
+        "fused_self_reward_loss: impl='triton' cannot run on meta: fused_self_reward_loss has no triton kernel for"),
     # the objective
     "negative beta": (lambda: SelfReward(beta=-0.1), ValueError, "SelfReward: beta must be >= 0, got -0.1"),
     "unknown kl": (

@@ -1,12 +1,13 @@
 """The choice of a backend: what "auto" takes, what a named backend says when it cannot run."""
 
 import itertools
+import json
 import warnings
 
 import pytest
 import torch
 
-from latro_kernels import _native, impl
+from latro_kernels import _native, _triton, impl
 from latro_kernels.impl import BACKENDS, DEVICES, OPERATORS, Status
 
 CPU = torch.device("cpu")
@@ -122,3 +123,42 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch, error, reason):
 def test_an_install_without_a_compiler_is_remembered():
     build = {"missing": {"cpu": ["no compiler", "install one"], "cuda": ["no compiler", "install one"]}}
     assert _native._load(build, "2.11.0") == ("no compiler", "install one")
+
+
+def test_triton_on_a_cpu_is_for_tests_alone(monkeypatch):
+    triton = pytest.importorskip("triton")
+    assert impl.choose("tree_attention", "auto", CPU, torch.float16) == "reference", "even where the interpreter is on"
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    reason, mend = _triton.fault("cpu")
+    assert reason == "Triton runs on a CPU in its interpreter alone"
+    assert mend == "to test kernels, slowly, set TRITON_INTERPRET=1"
+    assert _triton.fault("cuda") is None
+
+
+def test_triton_that_is_missing_or_old_is_told(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert _triton.fault("cuda") == ("the kernels need triton>=3.6, this is triton 3.5.1", "install triton>=3.6")
+    monkeypatch.setattr(_triton, "available", False)
+    assert _triton.fault("cuda") == ("triton is not installed", "install triton>=3.6, which is there for Linux")
+
+
+ROWS = [(kernel, row) for kernel, rows in json.loads(_triton.TABLE.read_text()).items() for row in rows]
+
+
+@pytest.mark.parametrize(("kernel", "row"), ROWS, ids=lambda value: value if isinstance(value, str) else "")
+def test_each_row_of_the_table_is_found_and_has_a_reason(kernel, row):
+    found = _triton._tile_sizes(kernel, row["size"], row["bytes"], row["arch"])
+    assert found == {name: value for name, value in row.items() if name not in ("arch", "bytes", "size", "why")}
+    assert len(row["why"]) > 20
+
+
+def test_a_gpu_takes_the_newest_rows_that_are_not_newer_than_itself():
+    def arch_of(capability):
+        found = _triton._tile_sizes("tree_attention.grad_keys", 200, 2, capability)
+        rows = [row for kernel, row in ROWS if kernel == "tree_attention.grad_keys" and row["size"] == 256]
+        return [row["arch"] for row in rows if row["bytes"] == 2 and row.items() >= found.items()]
+
+    assert [80 in arch_of(80), 86 in arch_of(89), 90 in arch_of(100)] == [True, True, True]
+    with pytest.raises(RuntimeError, match=r"needs a GPU of capability 8.0 or later and a size .* got capability 7.5"):
+        _triton._tile_sizes("tree_attention.forward", 64, 2, 75)

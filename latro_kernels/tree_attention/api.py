@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from latro_kernels import checks
+from latro_kernels import _triton, checks
 from latro_kernels._autograd import autocast_operands, first_order
 from latro_kernels.impl import choose
 from latro_kernels.tree import PrefixTree
 from latro_kernels.tree_attention import native, reference
 
 BACKENDS = {"native": native.tree_attention, "reference": reference.tree_attention}
+if _triton.available:
+    from latro_kernels.tree_attention import triton
+
+    BACKENDS["triton"] = triton.tree_attention
 
 
 def tree_attention(
@@ -70,6 +74,8 @@ def _check(
     checks.check_like(operator, "k", k, "q", q)
     checks.check_like(operator, "v", v, "q", q)
     checks.check_device(operator, "tree", tree.reach, "q", q)
+    if q.shape[0] == 0:
+        raise ValueError(f"{operator}: q must have at least one head, got {list(q.shape)}")
     if q.shape[2] == 0:
         raise ValueError(f"{operator}: q must have a head size E > 0, got {list(q.shape)}")
     if k.shape[0] == 0 or q.shape[0] % k.shape[0]:

@@ -1,0 +1,68 @@
+"""What the Triton backends share: whether Triton runs here, and the table of tile sizes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOWEST = (3, 6)  # the Triton of torch 2.11
+LOWEST_CAPABILITY = 80  # of the GPUs that Triton supports
+TABLE = Path(__file__).with_name("tiles.json")
+
+available = importlib.util.find_spec("triton") is not None
+
+
+def fault(device_type: str) -> tuple[str, str] | None:
+    """Why Triton kernels cannot run on this device, and the mend; None when they can."""
+    wanted = f"triton>={LOWEST[0]}.{LOWEST[1]}"
+    if not available:
+        return "triton is not installed", f"install {wanted}, which is there for Linux"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < LOWEST:
+        return f"the kernels need {wanted}, this is triton {triton.__version__}", f"install {wanted}"
+    if device_type == "cpu" and not triton.knobs.runtime.interpret:
+        return "Triton runs on a CPU in its interpreter alone", "to test kernels, slowly, set TRITON_INTERPRET=1"
+    return None
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def tile_sizes(kernel: str, size: int, tensor: Tensor) -> dict[str, Any]:
+    """The constants of `kernel` for a head or row of `size`, in the tensor's dtype, on its device."""
+    return dict(_tile_sizes(kernel, size, tensor.element_size(), capability(tensor.device)))
+
+
+@functools.cache
+def _tile_sizes(kernel: str, size: int, element_size: int, arch: int) -> dict[str, Any]:
+    rows = [
+        row for row in json.loads(TABLE.read_text())[kernel] if row["arch"] <= arch and row["bytes"] == element_size
+    ]
+    newest = max((row["arch"] for row in rows), default=0)
+    fitting = [row for row in rows if row["arch"] == newest and row["size"] >= size]
+    if arch < LOWEST_CAPABILITY or not fitting:
+        raise RuntimeError(
+            f"{kernel}: impl='triton' needs a GPU of capability {LOWEST_CAPABILITY / 10} or later and a size that "
+            f"tiles.json has for it, got capability {arch / 10} and size {size} in numbers of {element_size} bytes; "
+            "use impl='reference'"
+        )
+    best = min(fitting, key=lambda row: row["size"])
+    return {name: value for name, value in best.items() if name not in ("arch", "bytes", "size", "why")}
+
+
+def capability(device: torch.device) -> int:
+    """90 for 9.0; of the interpreter, the latest in the table."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
