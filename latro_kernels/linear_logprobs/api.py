@@ -7,15 +7,22 @@ from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 
-from latro_kernels import checks
+from latro_kernels import _triton, checks
 from latro_kernels._autograd import accumulator, autocast_operands, first_order
 from latro_kernels.impl import choose
 from latro_kernels.linear_logprobs import native, reference
+from latro_kernels.linear_logprobs.head import Kernels
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "native": native.linear_logprobs,
     "reference": reference.linear_logprobs,
 }
+KERNELS: dict[str, Kernels] = {"native": native.KERNELS}
+if _triton.available:
+    from latro_kernels.linear_logprobs import triton
+
+    BACKENDS["triton"] = triton.linear_logprobs
+    KERNELS["triton"] = triton.KERNELS
 
 
 @overload

@@ -19,8 +19,8 @@ from latro_kernels import checks
 from latro_kernels._autograd import first_order
 from latro_kernels.impl import choose
 from latro_kernels.linear_logprobs.api import BACKENDS as HEADS
-from latro_kernels.linear_logprobs.api import head_operands
-from latro_kernels.linear_logprobs.native import head_of
+from latro_kernels.linear_logprobs.api import KERNELS, head_operands
+from latro_kernels.linear_logprobs.head import head_of
 from latro_kernels.self_reward import grouped, native
 from latro_kernels.self_reward import objective as definition
 from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
@@ -111,9 +111,11 @@ def fused_self_reward_loss(
         return _other_terms(objective(logps, scored, {**given, **extras}), logps, scored, ref_logps)
 
     found: Tensor | None
-    if backend == "native" and _in_one_go(operands, extras):
+    if backend in KERNELS and _in_one_go(operands, extras):
         couples_batch = getattr(objective, "couples", "batch") != "group"
-        terms, logps, found = grouped.loss_and_logps(head_of(*operands), scored.plan, couples_batch, terms_of)
+        terms, logps, found = grouped.loss_and_logps(
+            KERNELS[backend], head_of(*operands), scored.plan, couples_batch, terms_of
+        )
     else:
         logps, found = HEADS[backend](*operands, entropy)
         terms = terms_of(logps)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latro_kernels.linear_logprobs.native import Grads, Head, add_grads, new_grads
+from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, new_grads
 from latro_kernels.memory import get_memory_budget
 from latro_kernels.self_reward.objective import SelfRewardTerms
 from latro_kernels.tree import LossPlan
@@ -24,7 +24,7 @@ FEWEST_TOKENS = 512
 
 
 def loss_and_logps(
-    head: Head, plan: LossPlan, couples_batch: bool, terms_of: Callable[[Tensor], SelfRewardTerms]
+    kernels: Kernels, head: Head, plan: LossPlan, couples_batch: bool, terms_of: Callable[[Tensor], SelfRewardTerms]
 ) -> tuple[SelfRewardTerms, Tensor, Tensor]:
     """The terms, their loss differentiable in hidden, weight and bias; the log-probs [M]; and the entropy [M].
 
@@ -36,7 +36,9 @@ def loss_and_logps(
         parts = [(0, head.rows.shape[0])]
     else:
         parts = _parts(plan, budget // (head.weight.shape[0] * head.weight.element_size()))
-    *values, logps, entropy = _Grouped.apply(head.hidden, head.weight, head.bias, head, parts, budget, terms_of)
+    *values, logps, entropy = _Grouped.apply(
+        head.hidden, head.weight, head.bias, kernels, head, parts, budget, terms_of
+    )
     return SelfRewardTerms(*values), logps, entropy
 
 
@@ -60,6 +62,7 @@ class _Grouped(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        kernels: Kernels,
         head: Head,
         parts: list[tuple[int, int]],
         budget: int,
@@ -67,26 +70,34 @@ class _Grouped(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = head._replace(hidden=hidden, weight=weight, bias=bias)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        grads = new_grads(head, for_hidden, for_weight, for_bias, weight.dtype if len(parts) == 1 else torch.float32)
+        grads = new_grads(head, for_hidden, for_weight, for_bias, whole=len(parts) == 1)
         logps = hidden.new_zeros(head.rows.shape[0], dtype=torch.float32)
         entropy = torch.zeros_like(logps)
         for begin, end in parts:
-            terms = _add_part(head, slice(begin, end), budget, grads, logps, entropy, terms_of)
+            terms = _add_part(kernels, head, slice(begin, end), budget, grads, logps, entropy, terms_of)
         results = (*(value.detach() for value in terms[1:]), logps, entropy)
         ctx.mark_non_differentiable(*results)
-        ctx.save_for_backward(*grads.like(head))
+        ctx.save_for_backward(*grads)
+        ctx.dtype = hidden.dtype
         return terms.loss.detach(), *results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = ctx.saved_tensors
-        if grad != 1:  # reading it is free on the CPU, scaling the gradient of weight is not
-            grads = tuple(None if own is None else own * grad.item() for own in grads)
-        return *grads, None, None, None, None
+        grads = (None if own is None else _scaled(own, grad, ctx.dtype) for own in ctx.saved_tensors)
+        return *grads, None, None, None, None, None
+
+
+def _scaled(own: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """own * grad, rounded once."""
+    if grad.device.type == "cpu":  # where reading it is free, and scaling the gradient of weight is not
+        return (own if grad == 1 else own * grad.item()).to(dtype)
+    # Of one dimension grad keeps its float32; as a scalar it would be rounded to the dtype of own first.
+    return torch.mul(own, grad.reshape(1), out=torch.empty_like(own, dtype=dtype))
 
 
 def _add_part(
+    kernels: Kernels,
     head: Head,
     part: slice,
     budget: int,
@@ -98,11 +109,11 @@ def _add_part(
     """Fills in the part's log-probs and entropy, and adds its gradients. What is kept for those goes with the call."""
     of_part = head.part(part.start, part.stop)
     for_head = grads.weight is not None or grads.bias is not None
-    found, uncertainty, *kept = torch.ops.latro_kernels.linear_logprobs(*of_part, budget, not for_head)
+    found, uncertainty, *kept = kernels.forward(*of_part, budget, not for_head)
     logps[part], entropy[part] = found, uncertainty
     # The log-probs of later prompts are still 0; this part's coefficients do not depend on them.
     terms, coefficients = _coefficients(terms_of, logps)
-    add_grads(coefficients[part].contiguous(), of_part, [found, *kept], grads, first=part.start == 0)
+    kernels.add_grads(coefficients[part].contiguous(), of_part, [found, *kept], grads, part.start == 0)
     return terms
 
 
