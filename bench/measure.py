@@ -189,13 +189,13 @@ def _child(run: Contestant, folder: str, inexact: bool, compiled: bool, threads:
 
 
 def _error(results: Results, exact: dict[str, Tensor]) -> float:
-    """The worst relative RMS error of any result."""
-    worst = 0.0
+    """The worst relative RMS error of any result; NaN if one is."""
+    errors = []
     for name, truth in exact.items():
         result = results[name]
         given = result() if callable(result) else result
-        worst = max(worst, float((given.double() - truth).norm() / truth.double().norm()))
-    return worst
+        errors.append((given.double() - truth).norm() / truth.double().norm())
+    return float(torch.stack(errors).max())
 
 
 def _resident() -> int:

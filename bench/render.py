@@ -1,6 +1,7 @@
 """Tables and plots of what the benchmarks measured.
 
 python -m bench.render bench/results/FOLDER       a summary into README.md; every case, and plots, into the folder
+python -m bench.render                            of a GPU, from the newest gpu.json in bench/results, into README.md
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
+from bench import gpu_attention, gpu_head, gpu_step
+
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+RESULTS = Path(__file__).parent / "results"
 HEAD = ("contestant", "ms", "range", "rounds", "GFLOP/s", "× floor", "peak MiB", "error")
 LEGEND = (
     "range: slowest less fastest round, of the median; × floor: times the floor's; peak: growth of resident memory "
@@ -25,16 +30,62 @@ AXES = {"K": "rationales of a prompt", "P": "tokens of the prompt", "V": "vocabu
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.render")
-    parser.add_argument("results", type=Path, help="a folder that `pytest bench/ --save` wrote")
+    parser.add_argument("results", type=Path, nargs="?", help="a folder that `pytest bench/ --save` wrote")
     folder = parser.parse_args().results
+    if folder is None:
+        newest = max(RESULTS.glob("*/gpu.json"), default=None)
+        into_readme("gpu", gpu_summary(newest, json.loads(newest.read_text()) if newest else None))
+        return
     runs = [json.loads((folder / f"{question}.json").read_text()) for question in QUESTIONS]
-    before, _, rest = README.read_text().partition(BEGIN)
-    if not rest:
-        raise SystemExit(f"README.md must hold the lines {BEGIN} and {END}")
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{summary(runs, folder.name)}\n{END}{after}")
+    into_readme("bench", summary(runs, folder.name))
     (folder / "cases.md").write_text("\n\n".join(map(every_case, runs)) + "\n")
     plot(runs[QUESTIONS.index("scaling")]["cases"], folder / "scaling.svg")
+
+
+def into_readme(name, text):
+    """Between its two lines."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = README.read_text().partition(begin)
+    if not rest:
+        raise SystemExit(f"README.md must hold the lines {begin} and {end}")
+    README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def gpu_summary(path, found=None):
+    """Of every case of bench.gpu, measured or not; found: what stands in `path`, if anything does."""
+    found = found or {"cases": [], "whole_model": {"seconds": {}}}
+    rows = ["| case | ours | against the fastest other | against its floor |", "|---|---|---|---|"]
+    records = {record["case"]: record for record in found["cases"]}
+    for module in (gpu_attention, gpu_head, gpu_step):
+        for name, _ in module.cases(torch.device("cuda"), toy=False):
+            question = module.__name__.removeprefix("bench.gpu_")
+            rows.append(f"| {question}, {name} | {' | '.join(_gpu_figures(records.get(name)))} |")
+    for name, seconds in found["whole_model"]["seconds"].items():
+        others = [f"{other} {taken / seconds['ours']:.2f}×" for other, taken in seconds.items() if other != "ours"]
+        rows.append(f"| whole model, {name} | {seconds['ours'] * 1e3:.0f} ms | {', '.join(others)} | |")
+    if not path:
+        return "\n".join(rows)
+    gpu = found["hardware"]["gpus"][0]
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "triton"))
+    results = path.relative_to(README.parent)
+    return f"{gpu['model']}; {versions}; `{found['command']}`, [every contestant]({results}).\n\n" + "\n".join(rows)
+
+
+def _gpu_figures(record):
+    if record is None:
+        return ["not yet measured", "", ""]
+    rows = dict(record["contestants"])
+    ours = rows.pop("ours")
+    if "fault" in ours:
+        return [ours["fault"], "", ""]
+    others = {name: row["seconds"] for name, row in rows.items() if "seconds" in row and name != record["floor"]}
+    fastest = min((name for name in others if not name.startswith("ours")), key=others.__getitem__, default=None)
+    rate = record["gflop"] / ours["seconds"] / 1e3
+    return [
+        f"{ours['seconds'] * 1e3:.2f} ms, {rate:.0f} TFLOP/s",
+        f"{others[fastest] / ours['seconds']:.2f}× {fastest}" if fastest else "",
+        f"{record['floor_seconds'] / ours['seconds']:.2f}× {record['floor']}",
+    ]
 
 
 def text_table(records):
