@@ -26,6 +26,7 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+LOWEST_CAPABILITY = 80  # of the GPUs that Triton supports
 
 # The dtypes that a kernel takes, where it does not take every floating one.
 DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
@@ -35,6 +36,12 @@ DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("linear_logprobs", "triton"): HALF_AND_SINGLE,
     ("fused_self_reward_loss", "native"): (torch.float32, torch.bfloat16),
     ("fused_self_reward_loss", "triton"): HALF_AND_SINGLE,
+}
+
+
+# The largest head that a kernel takes, where not every one: the sums of more do not fit a GPU's registers.
+LARGEST_HEAD: dict[tuple[str, str], dict[torch.dtype, int]] = {
+    ("tree_attention", "triton"): {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256},
 }
 
 
@@ -59,36 +66,52 @@ def status(operator: str, backend: str, device_type: str) -> Status:
     return _STATUS.get((backend, device_type), READY)
 
 
-def takes(operator: str, backend: str, dtype: torch.dtype | None) -> bool:
-    return dtype is None or dtype in DTYPES.get((operator, backend), (dtype,))
+def refusal(
+    operator: str, backend: str, device: torch.device, dtype: torch.dtype | None, head_size: int | None
+) -> str | None:
+    """What a backend asks for and is not given, and the mend; None when it takes everything."""
+    if dtype is not None and dtype not in DTYPES.get((operator, backend), (dtype,)):
+        *others, last = map(str, DTYPES[operator, backend])
+        return f"takes {', '.join(others)} and {last}, got {dtype}; cast, or use impl='reference'"
+    largest = LARGEST_HEAD.get((operator, backend), {}).get(dtype) if dtype else None
+    if largest and head_size and head_size > largest:
+        return f"takes heads of at most {largest} in {dtype}, got {head_size}; use impl='reference'"
+    capability = _triton.capability(device) if backend == "triton" else LOWEST_CAPABILITY
+    if capability < LOWEST_CAPABILITY:
+        return (
+            f"needs a GPU of capability {LOWEST_CAPABILITY / 10} or later, got {capability / 10}; use impl='reference'"
+        )
+    return None
 
 
-def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def choose(
+    operator: str, impl: str, device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> str:
     """The backend to run. "auto" takes the first that is ready; a named one is ready or raises."""
     if impl == "auto":
-        return _best(operator, device.type, dtype)
+        return _best(operator, device, dtype, head_size)
     if impl not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"{operator}: impl must be one of {names}, got {impl!r}")
     found = status(operator, impl, device.type)
     if not found.ready:
         raise RuntimeError(f"{operator}: impl={impl!r} cannot run on {device.type}: {found.reason}; {found.mend}")
-    if not takes(operator, impl, dtype):
-        *others, last = map(str, DTYPES[operator, impl])
-        wanted = f"{', '.join(others)} and {last}"
-        raise RuntimeError(f"{operator}: impl={impl!r} takes {wanted}, got {dtype}; cast, or use impl='reference'")
+    refused = refusal(operator, impl, device, dtype, head_size)
+    if refused:
+        raise RuntimeError(f"{operator}: impl={impl!r} {refused}")
     return impl
 
 
-def _best(operator: str, device_type: str, dtype: torch.dtype | None) -> str:
+def _best(operator: str, device: torch.device, dtype: torch.dtype | None, head_size: int | None) -> str:
     for backend in BACKENDS[:-1]:
-        if not takes(operator, backend, dtype) or (backend, device_type) == ("triton", "cpu"):
+        in_interpreter = backend == "triton" and device.type == "cpu"
+        if in_interpreter or refusal(operator, backend, device, dtype, head_size):
             continue
-        found = status(operator, backend, device_type)
+        found = status(operator, backend, device.type)
         if found.ready:
             return backend
-        if exists(operator, backend, device_type) and not torch.compiler.is_compiling():
-            _warn_once(operator, device_type, found)
+        if exists(operator, backend, device.type) and not torch.compiler.is_compiling():
+            _warn_once(operator, device.type, found)
     return "reference"
 
 

@@ -205,7 +205,9 @@ def cases(everything: bool) -> dict[str, Case]:
     add(head, BFLOAT16, frozen=True, **HEAD_OPTIONS)
     if everything:
         for E, dtype, options in itertools.product(SIZES, DTYPES, ({}, OPTIONS)):
-            add(attention, E, dtype, **options)
+            largest = impl.LARGEST_HEAD["tree_attention", "triton"][dtype]
+            if largest >= E:
+                add(attention, E, dtype, **options)
         for E, group in itertools.product((64, 128), (1, 7)):
             add(attention, E, BFLOAT16, group)
         add(attention, 128, BFLOAT16, T=720)
@@ -233,12 +235,7 @@ def compile_all(arch: int, everything: bool) -> None:
         triton.knobs.cache.dir = cache  # a kernel from the user's cache would tell nothing of the compiler here
         for name, run in cases(everything).items():
             compiler.case = name
-            try:
-                run()
-            except RuntimeError as error:
-                if "a size that tiles.json has" not in str(error):
-                    raise
-                print(json.dumps({"arch": arch, "case": name, "refused": str(error)}), flush=True)
+            run()
     print(json.dumps({"arch": arch, "table": compiler.table}))
 
 

@@ -102,17 +102,6 @@ def test_every_row_of_the_table_is_compiled(records):
     )
 
 
-def test_only_large_heads_in_float32_are_refused(records):
-    """There is room for them in no register file but Hopper's."""
-    assert_none(
-        [
-            f"{record['case']} on sm_{record['arch']}: {record['refused']}"
-            for record in records
-            if "refused" in record and not record["case"].startswith("attention(256, float32")
-        ]
-    )
-
-
 def test_shared_memory_suffices(kernels):
     assert_none(
         [

@@ -75,6 +75,7 @@ def test_auto_is_silent_where_nothing_is_missing(native_missing):
 
 def test_choosing_is_traced_without_a_break_and_without_a_warning(native_missing):
     def double(x):
+        impl.refusal("tree_attention", "triton", x.device, x.dtype, 64)  # asks for the GPU's capability
         return x * 2 if impl.choose("self_reward", "auto", x.device) == "reference" else x
 
     torch._dynamo.reset()
@@ -162,5 +163,23 @@ def test_a_gpu_takes_the_newest_rows_that_are_not_newer_than_itself():
         return [row["arch"] for row in rows if row["bytes"] == 2 and row.items() >= found.items()]
 
     assert [80 in arch_of(80), 86 in arch_of(89), 90 in arch_of(100)] == [True, True, True]
-    with pytest.raises(RuntimeError, match=r"needs a GPU of capability 8.0 or later and a size .* got capability 7.5"):
-        _triton._tile_sizes("tree_attention.forward", 64, 2, 75)
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [(torch.float32, 128), (torch.bfloat16, 256), (torch.float16, 256)])
+def test_auto_leaves_large_heads_to_the_reference(dtype, fits):
+    device = torch.device("cuda")
+    assert impl.refusal("tree_attention", "triton", device, dtype, fits) is None
+    assert impl.choose("tree_attention", "auto", device, dtype, fits + 1) == "reference"
+    with pytest.raises(
+        RuntimeError, match=f"tree_attention: impl='triton' takes heads of at most {fits} in {dtype}, got"
+    ):
+        impl.choose("tree_attention", "triton", CPU, dtype, fits + 1)
+
+
+@pytest.mark.parametrize("operator", ["tree_attention", "linear_logprobs", "fused_self_reward_loss"])
+def test_auto_leaves_old_gpus_to_the_reference(operator, monkeypatch):
+    monkeypatch.setattr(_triton, "capability", lambda device: 75)
+    assert impl.choose(operator, "auto", torch.device("cuda"), torch.float16, 64) == "reference"
+    message = f"{operator}: impl='triton' needs a GPU of capability 8.0 or later, got 7.5; use impl='reference'"
+    with pytest.raises(RuntimeError, match=message):
+        impl.choose(operator, "triton", CPU, torch.float16, 64)

@@ -41,7 +41,7 @@ def tree_attention(
     checks.check_tensors("tree_attention", q=q, k=k, v=v)
     q, k, v = autocast_operands(q, k, v)
     _check(q, k, v, tree, scale, softcap, window, sinks)
-    backend = BACKENDS[choose("tree_attention", impl, q.device, q.dtype)]
+    backend = BACKENDS[choose("tree_attention", impl, q.device, q.dtype, q.shape[2])]
     return backend(
         first_order(q),
         first_order(k),

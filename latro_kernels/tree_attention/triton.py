@@ -25,18 +25,12 @@ def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
     return {"G": H // len(k), "E": E, "BLOCK_E": max(16, triton.next_power_of_2(E)), "TILE": TILE}
 
 
-def _blocks_of_rows(kernel: str, q: Tensor, G: int) -> tuple[dict[str, int], int]:
+def _blocks_of_rows(kernel: str, q: Tensor, G: int) -> tuple[dict[str, Any], int]:
     """The constants of a kernel that takes tiles of queries, and how many blocks a tile has."""
-    blocks = _tile_sizes(q)[kernel]
+    blocks = tile_sizes(f"tree_attention.{kernel}", q.shape[2], q)
     if blocks["BLOCK_M"] > TILE * G:  # a tile would leave half of the rows empty
         blocks |= {"BLOCK_M": blocks["BLOCK_M"] // 2, "num_warps": max(4, blocks.get("num_warps", 4) // 2)}
     return blocks, triton.cdiv(TILE * G, blocks["BLOCK_M"])
-
-
-def _tile_sizes(q: Tensor) -> dict[str, dict[str, int]]:
-    """Of all kernels, so that what has no gradient is refused before it is computed."""
-    kernel_names = ("forward", "grad_queries", "grad_keys")
-    return {name: tile_sizes(f"tree_attention.{name}", q.shape[2], q) for name in kernel_names}
 
 
 def forward(
@@ -118,15 +112,11 @@ def backward(
             *(T, len(tiles.parts), *numbers),
             **shape,
             **options,
-            **_tile_sizes(q)["grad_keys"],
+            **tile_sizes("tree_attention.grad_keys", E, q),
         )
         if len(tiles.parts):
-            kernels.sum_parts[
-                (
-                    len(tiles.parts),
-                    len(k) * TILE // SUM_ROWS,
-                )
-            ](
+            grid = len(tiles.parts), len(k) * TILE // SUM_ROWS
+            kernels.sum_parts[grid](
                 *(parts, dk, dv, tiles.parts, tiles.seen, len(tiles.parts), len(k)),
                 **{name: shape[name] for name in ("E", "BLOCK_E", "TILE")},
                 BLOCK_N=SUM_ROWS,
