@@ -77,7 +77,11 @@ class _Grouped(torch.autograd.Function):
             terms = _add_part(kernels, head, slice(begin, end), budget, grads, logps, entropy, terms_of)
         results = (*(value.detach() for value in terms[1:]), logps, entropy)
         ctx.mark_non_differentiable(*results)
-        ctx.save_for_backward(*grads)
+        # In float16 what a GradScaler's factor would save must not be lost before it.
+        kept = (
+            grads if hidden.dtype == torch.float16 else (None if own is None else own.to(hidden.dtype) for own in grads)
+        )
+        ctx.save_for_backward(*kept)
         ctx.dtype = hidden.dtype
         return terms.loss.detach(), *results
 
