@@ -16,7 +16,7 @@ total=585 # seconds
 failed=()
 
 # Those whose kernels run on a GPU where there is one, and what they rest on; the others ask what a CPU answers.
-tests=(tests/test_gpu.py tests/test_*triton*.py tests/test_fused*.py)
+tests=(tests/test_gpu.py tests/test_*triton*.py tests/test_fused*.py tests/test_linear_logprobs_kernels.py)
 tests+=(tests/test_impl.py tests/test_autograd.py tests/test_compile.py tests/test_equivalence.py)
 
 # stage NAME LIMIT COMMAND...: at most LIMIT seconds, then an interrupt, so that what ran by then is reported

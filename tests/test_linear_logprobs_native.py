@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from latro_kernels import get_memory_budget, linear_logprobs, set_memory_budget
 from latro_kernels.impl import status
@@ -127,41 +125,6 @@ def test_error_of_long_sums_is_about_that_of_eager(D, instruction_set):
     )
 
 
-@pytest.mark.parametrize(("V", "M"), [(5, 0), (0, 0)])
-def test_nothing_to_score(V, M):
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
-    none = torch.zeros(M, dtype=torch.int64)
-    linear_logprobs(hidden, weight, none, none, impl="native").sum().backward()
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
-
-
-def test_no_columns_are_refused():
-    row = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"linear_logprobs: hidden must have at least one column, got \[3, 0\]"):
-        linear_logprobs(torch.zeros(3, 0), torch.zeros(5, 0), row, row, impl="native")
-
-
-def test_under_checkpointing():
-    (hidden, weight, bias, rows, targets), *_ = inputs()
-    weight.requires_grad_()
-
-    def score():
-        return linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="native").sum()
-
-    (expected,) = torch.autograd.grad(score(), weight)
-    (found,) = torch.autograd.grad(checkpoint(score, use_reentrant=False), weight)
-    assert torch.equal(found, expected)
-
-
-def test_the_default_device_does_not_matter():
-    (hidden, weight, bias, rows, targets), *_ = inputs()
-    expected = linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="native")
-    with torch.device("meta"):
-        found = linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="native")
-    assert torch.equal(found, expected)
-
-
 def test_what_is_made_again_is_what_was_kept(no_budget):
     arguments, direction, options = inputs(variant="softcap")
     again = results(arguments, direction, options, "native")
@@ -283,35 +246,6 @@ def test_a_row_that_is_not_finite_spoils_its_own_tokens_alone(value, instruction
     assert logps[~spoilt].isfinite().all()
 
 
-class Kept(TorchDispatchMode):
-    """How many numbers each call of the operator's forward returns for its backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        if function.name() == "latro_kernels::linear_logprobs":
-            *_, exponentials, unit_grad = results
-            self.counts.append(exponentials.numel() + unit_grad.numel())
-        return results
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_evaluation_keeps_nothing(frozen):
-    (hidden, weight, _, rows, targets), *_ = inputs()
-    hidden.requires_grad_()
-    weight.requires_grad_(not frozen)
-    with Kept() as kept:
-        linear_logprobs(hidden, weight, rows, targets, impl="native")
-        with torch.no_grad():
-            linear_logprobs(hidden, weight, rows, targets, impl="native")
-    training, evaluation = kept.counts
-    assert training > 0
-    assert evaluation == 0
-
-
 @pytest.mark.parametrize("forbidden", [0, 100])
 def test_entropy(forbidden, instruction_set):
     """Some forbidden entries are targets."""
@@ -339,15 +273,6 @@ def test_operator_passes_opcheck(each, unit_grad):
         # The exponentials of padding are whatever the memory held.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
-
-
-def test_unit_grad_is_for_a_frozen_head_alone():
-    (hidden, weight, bias, rows, targets), *_ = inputs()
-    numbers = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    weight.requires_grad_()
-    logps, *_ = torch.ops.latro_kernels.linear_logprobs(hidden, weight, bias, rows, targets, numbers, None, 0, True)
-    with pytest.raises(RuntimeError, match="unit_grad gives the gradient of hidden alone"):
-        logps.sum().backward()
 
 
 @pytest.mark.parametrize("budget", [2**70, 1e30])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from latro_kernels import get_memory_budget, linear_logprobs, set_memory_budget
 from latro_kernels.impl import status
@@ -225,23 +224,6 @@ def test_strides_do_not_matter():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("V", "M"), [(5, 0), (0, 0)])
-def test_nothing_to_score(V, M):
-    hidden = torch.randn(3, 4, requires_grad=True, device=DEVICE)
-    weight = torch.randn(V, 4, requires_grad=True, device=DEVICE)
-    none = torch.zeros(M, dtype=torch.int64, device=DEVICE)
-    linear_logprobs(hidden, weight, none, none, impl="triton").sum().backward()
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
-
-
-def test_no_columns_are_refused():
-    row = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    hidden, weight = torch.zeros(3, 0, device=DEVICE), torch.zeros(5, 0, device=DEVICE)
-    with pytest.raises(RuntimeError, match=r"linear_logprobs: hidden must have at least one column, got \[3, 0\]"):
-        linear_logprobs(hidden, weight, row, row, impl="triton")
-
-
 @pytest.mark.parametrize(
     ("wanted", "budget_"),
     [((True, True, True), EVERYTHING), ((True, True, True), A_PART), ((True, False, False), NOTHING)],
@@ -332,18 +314,6 @@ def test_parts_add_up():
             torch.testing.assert_close(ours, truth, rtol=0, atol=tolerance * float(truth.abs().max()))
 
 
-def test_under_checkpointing():
-    (hidden, weight, bias, rows, targets), *_ = inputs()
-    weight.requires_grad_()
-
-    def score():
-        return linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="triton").sum()
-
-    (expected,) = torch.autograd.grad(score(), weight)
-    (found,) = torch.autograd.grad(checkpoint(score, use_reentrant=False), weight)
-    assert torch.equal(found, expected)
-
-
 def test_the_graph_may_be_retained(budget):
     (hidden, weight, bias, rows, targets), *_ = inputs()
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
@@ -380,20 +350,6 @@ class Kept(TorchDispatchMode):
         return results
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_evaluation_keeps_nothing(frozen):
-    (hidden, weight, _, rows, targets), *_ = inputs()
-    hidden.requires_grad_()
-    weight.requires_grad_(not frozen)
-    with Kept() as kept:
-        linear_logprobs(hidden, weight, rows, targets, impl="triton")
-        with torch.no_grad():
-            linear_logprobs(hidden, weight, rows, targets, impl="triton")
-    training, evaluation = kept.counts
-    assert training > 0
-    assert evaluation == 0
-
-
 def test_what_is_kept_is_within_the_budget():
     arguments, direction, options = inputs()
     for budget in (EVERYTHING, A_PART, NOTHING):
@@ -416,15 +372,6 @@ def test_operator_passes_opcheck(each, unit_grad):
         # Columns between one row of exponentials and the next are whatever the memory held.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
-
-
-def test_unit_grad_is_for_a_frozen_head_alone():
-    (hidden, weight, bias, rows, targets), *_ = inputs()
-    numbers = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    weight.requires_grad_()
-    logps, *_ = triton.forward(hidden, weight, bias, rows, targets, numbers, None, 0, True)
-    with pytest.raises(RuntimeError, match="unit_grad gives the gradient of hidden alone"):
-        logps.sum().backward()
 
 
 def test_the_same_bits_every_time(budget):
