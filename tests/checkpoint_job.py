@@ -124,7 +124,7 @@ def in_a_fork(job):
     os.dup2(log, 2)
     try:
         run(job, began)
-    except BaseException:
+    except BaseException:  # what the parent cleans up on its way out is not the child's
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
