@@ -1,5 +1,8 @@
 """The C++ kernels of the linear head against the definition, on every instruction set that this machine has."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
@@ -59,22 +62,29 @@ def results(arguments, direction, options, impl, dtype=None, wanted=(True, True,
     return [logps.detach(), *torch.autograd.grad(logps, leaves, direction.to(logps.dtype))]
 
 
-@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_is_about_that_of_eager(dtype, variant, p, budget, instruction_set):
-    def run(seed, impl, as_dtype):
-        key = (seed, impl, as_dtype)
-        if key not in found:
-            found[key] = results(*inputs(seed, dtype, p, variant), impl, as_dtype)
-        return found[key]
+CASES = list(itertools.product((torch.float32, torch.bfloat16), VARIANTS, (0.5, 0.99, 0.9999)))
 
-    found = {}
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{str(case[0])[6:]}-{case[1]}-{case[2]}")
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(case):
+    """Its results by seed and dtype, once for all budgets and instruction sets: they take most of the time."""
+    dtype, variant, p = case
+    return functools.cache(lambda seed, of: results(*inputs(seed, dtype, p, variant), "reference", of))
+
+
+def test_error_is_about_that_of_eager(case, reference, budget, instruction_set):
+    dtype, variant, p = case
+    native = functools.cache(lambda seed: results(*inputs(seed, dtype, p, variant), "native"))
     for n, name in enumerate(NAMES):
         assert_error_about_eagers(
-            actual=lambda seed, n=n: run(seed, "native", dtype)[n],
-            eager=lambda seed, n=n: run(seed, "reference", dtype)[n],
-            exact=lambda seed, n=n: run(seed, "reference", torch.float64)[n],
+            actual=lambda seed, n=n: native(seed)[n],
+            eager=lambda seed, n=n: reference(seed, dtype)[n],
+            exact=lambda seed, n=n: reference(seed, torch.float64)[n],
             what=f"{name}, {variant}, p={p}",
         )
 

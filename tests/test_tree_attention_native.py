@@ -1,5 +1,7 @@
 """The C++ kernels of tree attention against the definition, on every instruction set that this machine has."""
 
+import functools
+import itertools
 import random
 
 import pytest
@@ -32,8 +34,11 @@ def inputs(seed, E, heads=(4, 2), longest=90, dtype=torch.float32, sinks=False):
     return tree, operands, torch.randn(H, generator=generator) if sinks else None
 
 
-def results(seed, E, impl, compute_dtype, of, dtype, variant):
-    """One of out, grad_q, grad_k, grad_v, grad_sinks."""
+NAMES = ("out", "grad_q", "grad_k", "grad_v", "grad_sinks")
+
+
+def results(dtype, E, variant, seed, impl, compute_dtype):
+    """out, grad_q, grad_k and grad_v; of grad_sinks, four numbers of one sum each, no ratio of errors can be told."""
     options = dict(VARIANTS[variant])
     same_sign = options.pop("same_sign", False)
     tree, operands, sinks = inputs(seed, E, dtype=dtype, sinks=options.pop("sinks", False))
@@ -43,27 +48,33 @@ def results(seed, E, impl, compute_dtype, of, dtype, variant):
     for leaf in leaves:
         leaf.requires_grad_()
     if sinks is not None:
-        leaves.append(sinks.to(compute_dtype if impl == "reference" else torch.float32).requires_grad_())
-        options["sinks"] = leaves[3]
-    out = tree_attention(*leaves[:3], tree, impl=impl, **options)
-    return out.detach() if of == 0 else torch.autograd.grad(out, leaves[of - 1], direction)[0]
+        options["sinks"] = sinks.to(compute_dtype if impl == "reference" else torch.float32).requires_grad_()
+    out = tree_attention(*leaves, tree, impl=impl, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
 
 
-NAMES = ("out", "grad_q", "grad_k", "grad_v", "grad_sinks")
+CASES = list(itertools.product((torch.float32, torch.bfloat16), (64, 80), VARIANTS))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("E", [64, 80])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_error_is_about_eagers(dtype, E, variant, instruction_set):
-    for of, name in enumerate(NAMES):
-        if name == "grad_sinks":
-            # Four numbers of one sum each: too few for a ratio of errors; the test below has them.
-            continue
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{str(case[0])[6:]}-{case[1]}-{case[2]}")
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(case):
+    """Its results by seed and dtype, once for all instruction sets: they take most of the time."""
+    return functools.cache(lambda seed, dtype: results(*case, seed, "reference", dtype))
+
+
+def test_error_is_about_eagers(case, reference, instruction_set):
+    dtype, *_ = case
+    native = functools.cache(lambda seed: results(*case, seed, "native", dtype))
+    for n, name in enumerate(NAMES[:4]):
         assert_error_about_eagers(
-            actual=lambda seed, of=of: results(seed, E, "native", dtype, of, dtype, variant),
-            eager=lambda seed, of=of: results(seed, E, "reference", dtype, of, dtype, variant),
-            exact=lambda seed, of=of: results(seed, E, "reference", torch.float64, of, dtype, variant),
+            actual=lambda seed, n=n: native(seed)[n],
+            eager=lambda seed, n=n: reference(seed, dtype)[n],
+            exact=lambda seed, n=n: reference(seed, torch.float64)[n],
             what=f"tree_attention[native, {instruction_set}] {name}",
         )
 
