@@ -3,9 +3,9 @@
 
 #include <Python.h>
 
-#include <torch/csrc/stable/library.h>
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(latro_kernels, m) {
+STABLE_TORCH_LIBRARY(LATRO_NAMESPACE, m) {
   // The instruction sets that the CPU kernels can use here, the best first, between commas.
   m.def("instruction_sets() -> str");
 
@@ -35,6 +35,33 @@ STABLE_TORCH_LIBRARY(latro_kernels, m) {
       "Tensor numbers, Tensor? temperatures, Tensor logps, Tensor state, Tensor exponentials, Tensor unit_grad, "
       "Tensor(a!)? hidden_grad, Tensor(b!)? weight_grad, Tensor(c!)? bias_grad, "
       "bool accumulate) -> ()");
+
+  // The steps of the same on a GPU, which latro_kernels/linear_logprobs/strips.py puts together; see there.
+  m.def(
+      "head_guess(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a!) state, "
+      "float logit_scale, float softcap) -> ()");
+  m.def(
+      "head_epilogue(Tensor products, Tensor like, Tensor? bias, Tensor targets, Tensor(a!) state, "
+      "Tensor(b!)? exponentials, Tensor(c!)? partials, int first_tile, int first_v, float logit_scale, float softcap) "
+      "-> ()");
+  m.def(
+      "head_product_and_epilogue(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a!) state, "
+      "Tensor(b!)? exponentials, Tensor(c!)? partials, int first_tile, int first_v, float logit_scale, float softcap) "
+      "-> ()");
+  m.def("head_combine(Tensor partials, Tensor(a!) state, Tensor(b!) logps, Tensor(c!) entropy, bool headroom) -> ()");
+  m.def(
+      "head_settle(Tensor partials, int first_tile, int tiles, int width, Tensor(a!) state, "
+      "Tensor(b!)? exponentials, Tensor(c!)? unit) -> ()");
+  m.def(
+      "head_clear_targets(Tensor begins, Tensor ends, Tensor targets, Tensor state, int first_v, "
+      "Tensor(a!) exponentials) -> ()");
+  m.def(
+      "head_couple_targets(Tensor coefficients, Tensor begins, Tensor ends, Tensor targets, Tensor state, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "head_add_rows(Tensor values, Tensor coefficients, Tensor order, Tensor rows, Tensor ends, Tensor? weight, "
+      "Tensor targets, Tensor? of_targets, Tensor(a!) out) -> ()");
+  m.def("head_add_bias_grad(Tensor exponentials, Tensor coefficients, Tensor(a!) out) -> ()");
 
   // Reward, leave-one-out advantage, KL and loss of R rationales from M token log-probs, and d loss / d logps
   // with reward and advantage held constant. The loss is the sum over rationales; the caller divides it, and the

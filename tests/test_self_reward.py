@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 
+import emulator
 import pytest
 import torch
 
@@ -8,16 +10,24 @@ from latro_kernels.impl import status
 from latro_kernels.testing import assert_error_about_eagers, random_batch
 
 NATIVE = status("self_reward", "native", "cpu")
-IMPLS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")),
-]
 OBJECTIVES = [
     SelfReward(beta=beta, answer_weight=answer_weight, kl=kl, floor=floor, scale=scale)
     for (beta, answer_weight), kl, floor, scale in itertools.product(
         [(0.05, 1.0), (0.0, 0.0), (0.5, 0.3)], ["k1", "k2", "k3"], [None, -2.5], [None, "group", "batch"]
     )
 ]
+
+
+@pytest.fixture(params=["reference", "native", "native for CUDA, emulated"])
+def impl(request):
+    if request.param == "reference":
+        yield "reference"
+        return
+    if not NATIVE.ready:
+        pytest.skip(f"native: {NATIVE.reason}")
+    emulated = emulator.in_place_of("self_reward") if "CUDA" in request.param else contextlib.nullcontext()
+    with emulated:
+        yield "native"
 
 
 def inputs(seed=0, dtype=torch.float64, options=1):
@@ -66,7 +76,6 @@ def plain(logps, scored, objective, ref_logps, advantage=None, denominator=None)
     return loss, reward, advantage, kl.detach()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_equals_the_formula_forward_and_backward(objective, impl):
     logps, scored, ref_logps = inputs(options=2)
@@ -84,7 +93,6 @@ def test_equals_the_formula_forward_and_backward(objective, impl):
     assert [value.requires_grad for value in terms] == [True] + [False] * 6
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("objective", [SelfReward(), SelfReward(kl="k3", scale="batch")], ids=str)
 def test_given_advantage_and_denominator_are_used_as_they_are(objective, impl):
     logps, scored, ref_logps = inputs()
@@ -97,7 +105,6 @@ def test_given_advantage_and_denominator_are_used_as_they_are(objective, impl):
     assert torch.equal(terms.advantage, advantage)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_without_a_reference_model_kl_is_not_a_number(impl):
     logps, scored, _ = inputs()
     terms = self_reward(logps, scored, SelfReward(beta=0), impl=impl)
@@ -105,7 +112,6 @@ def test_without_a_reference_model_kl_is_not_a_number(impl):
     assert not any(value.isnan().any() for name, value in terms._asdict().items() if name != "kl")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_reference_log_probs_of_answers_are_not_read(kl, impl):
     logps, scored, ref_logps = inputs()
@@ -115,13 +121,34 @@ def test_reference_log_probs_of_answers_are_not_read(kl, impl):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("floor", [None, -1.0])
 def test_nan_goes_through(kind, floor, impl):
     logps, scored, ref_logps = inputs()
     logps[(scored.kind[scored.segment] == kind).nonzero()[0]] = torch.nan
     assert self_reward(logps, scored, SelfReward(floor=floor), ref_logps=ref_logps, impl=impl).loss.isnan()
+
+
+@pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")
+# More tokens and rationales than the block has threads, and few.
+@pytest.mark.parametrize("group_sizes", [[2], [3, 1030]], ids=["small", "large"])
+def test_the_cuda_kernel_gives_the_same_bits_in_any_order_of_its_threads(group_sizes, monkeypatch):
+    batch = random_batch(1, vocab=40, group_sizes=group_sizes)
+    _, scored = batch.pack()
+    generator = torch.Generator().manual_seed(1)
+    logps, ref_logps = -torch.rand(2, len(scored.rows), generator=generator, dtype=torch.float64)
+    objective = SelfReward(kl="k3")
+
+    def terms():
+        return self_reward(logps, scored, objective, ref_logps=ref_logps)
+
+    with emulator.in_place_of("self_reward"):
+        expected = terms()
+        for seed in ("1", "2", "3"):
+            monkeypatch.setenv("LATRO_EMULATOR_SEED", seed)
+            assert all(torch.equal(a, b) for a, b in zip(terms(), expected, strict=True))
+    for name, value in zip(expected._fields, terms(), strict=True):
+        torch.testing.assert_close(getattr(expected, name), value, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.skipif(not NATIVE.ready, reason=f"native: {NATIVE.reason}")
@@ -142,7 +169,6 @@ def test_error_is_about_eagers_in_float32(kl):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_a_banned_option_does_not_spoil_the_gradient(kl, impl):
     logps, scored, ref_logps = inputs(options=2)
@@ -155,7 +181,6 @@ def test_a_banned_option_does_not_spoil_the_gradient(kl, impl):
     torch.testing.assert_close(grad, terms.coefficients, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_results_share_no_storage(impl):
     logps, scored, _ = inputs()
     advantage = torch.ones(len(scored.prompt), dtype=torch.float64)

@@ -2,28 +2,16 @@
 // sum has a fixed order. The work is a few additions per scored token, nothing beside one layer of the model.
 // Index tensors are not checked here: that would read the device back.
 
-#include <cuda_runtime.h>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-
+#include "../cuda/device.h"
+#include "../library.h"
 #include "call.h"
 
 namespace latro::self_reward {
 namespace {
 
-constexpr int WARP = 32;
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / WARP;
 static_assert(WARPS == WARP, "block_sum hands the sum of one warp to each lane");
-
-// The sum over a warp, in every lane.
-__device__ double warp_sum(double value) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffff, value, offset);
-  }
-  return value;
-}
 
 // The sum over the block, in every thread.
 __device__ double block_sum(double value) {
@@ -106,26 +94,20 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 struct Cuda {
   template <class T>
   static void run(const Arguments<T>& in, const Exact& exact, const Results<T>& out, const Tensor& logps) {
     const int32_t device = logps.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
+    const DeviceGuard guard(device);
     const Tensor first = torch::stable::new_empty(logps, {in.S + 1}, ScalarType::Long);
-    self_reward_kernel<T><<<1, THREADS, 0, current_stream(device)>>>(in, exact, out, first.mutable_data_ptr<int64_t>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const Launch one_block = {.grid = 1, .block = THREADS, .stream = current_stream(device)};
+    launch(self_reward_kernel<T>, one_block, in, exact, out, first.mutable_data_ptr<int64_t>());
   }
 };
 
 }  // namespace
 }  // namespace latro::self_reward
 
-STABLE_TORCH_LIBRARY_IMPL(latro_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(LATRO_NAMESPACE, LATRO_CUDA_KEY, m) {
   m.impl("self_reward", TORCH_BOX(&latro::self_reward::self_reward<latro::self_reward::Cuda>));
 }
