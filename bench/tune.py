@@ -1,4 +1,5 @@
-"""Finds tile sizes of the Triton kernels for the GPU of this machine, and writes them into latro_kernels/tiles.json.
+"""Finds tile sizes of the Triton kernels for the GPU of this machine, and by which product the CUDA kernels of the head
+should make its logits, and writes them into latro_kernels/tiles.json.
 
 python -m bench.tune [kernel ...] [--bytes 2] [--size 128] [--dry-run]
 
@@ -45,7 +46,6 @@ DEVICE = "cuda"
 TREES = ((256, 220, 16), (1024, 220, 16))  # P tokens of a prompt, R of each of its K rationales
 HEADS = {64: (14, 2), 128: (32, 8), 256: (8, 4)}  # by their size: Qwen2.5-0.5B, Llama-3-8B, Gemma-2-2B
 HEAD = (3520, 4096, 128256)  # M scored tokens, D hidden, V vocabulary: 16 rationales of 220 tokens of Llama-3-8B
-FAR_HEAD = (64, 1024, 8192)  # where no token's shift is near enough, which is rare, and slow
 
 
 class Case:
@@ -82,19 +82,18 @@ def attention(size: int, dtype: torch.dtype, backward: bool = False) -> Iterator
         yield Case(name, partial(tree_attention, tree=tree, impl="triton"), [q, k, v], backward)
 
 
-def head(size: int, dtype: torch.dtype, backward: bool = False, frozen_and_far: bool = False) -> Iterator[Case]:
-    M, D, V = FAR_HEAD if frozen_and_far else HEAD
+def head(size: int, dtype: torch.dtype, backward: bool = False, impl: str = "triton") -> Iterator[Case]:
+    M, D, V = HEAD
     D = min(D, size)
-    hidden = torch.randn(M, D, device=DEVICE, dtype=dtype) * (100 if frozen_and_far else 1)
+    hidden = torch.randn(M, D, device=DEVICE, dtype=dtype)
     weight = torch.randn(V, D, device=DEVICE, dtype=dtype) / D**0.5
     bias = torch.randn(V, device=DEVICE, dtype=dtype)
     rows, targets = torch.arange(M, device=DEVICE), torch.randint(V, (M,), device=DEVICE)
 
     def operator(hidden: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-        return linear_logprobs(hidden, weight, rows, targets, bias=bias, impl="triton")
+        return linear_logprobs(hidden, weight, rows, targets, bias=bias, impl=impl)
 
-    operands = [hidden] if frozen_and_far else [hidden, weight, bias]
-    yield Case(f"M={M} D={D} V={V}", operator, operands, backward)
+    yield Case(f"M={M} D={D} V={V}", operator, [hidden, weight, bias], backward)
 
 
 # kernel: the pass that it is part of.
@@ -104,11 +103,12 @@ PASSES: dict[str, Callable[[int, torch.dtype], Iterator[Case]]] = {
     "tree_attention.grad_keys": partial(attention, backward=True),
     "linear_logprobs.logits": head,
     "linear_logprobs.epilogue": head,
-    "linear_logprobs.guess_shift": head,
+    "linear_logprobs.guess": head,
     "linear_logprobs.combine": head,
-    "linear_logprobs.unit_grad_of_far": partial(head, frozen_and_far=True),
+    "linear_logprobs.settle": head,
     "linear_logprobs.add_rows": partial(head, backward=True),
     "linear_logprobs.add_bias_grad": partial(head, backward=True),
+    "linear_logprobs.cuda": partial(head, impl="native"),
 }
 
 

@@ -18,26 +18,24 @@ DEVICES = ("cpu", "cuda")
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("tree_attention", "native"): ("cpu",),
     ("tree_attention", "triton"): ("cpu", "cuda"),
-    ("linear_logprobs", "native"): ("cpu",),
+    ("linear_logprobs", "native"): ("cpu", "cuda"),
     ("linear_logprobs", "triton"): ("cpu", "cuda"),
     ("self_reward", "native"): ("cpu", "cuda"),
-    ("fused_self_reward_loss", "native"): ("cpu",),
+    ("fused_self_reward_loss", "native"): ("cpu", "cuda"),
     ("fused_self_reward_loss", "triton"): ("cpu", "cuda"),
 }
 
-HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-LOWEST_CAPABILITY = 80  # of the GPUs that Triton supports
+SINGLE = (torch.float32, torch.bfloat16)
+HALF_AND_SINGLE = (*SINGLE, torch.float16)
+LOWEST_CAPABILITY = 80  # of the GPUs that there are kernels for
 
-# The dtypes that a kernel takes, where it does not take every floating one.
-DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
-    ("tree_attention", "native"): (torch.float32, torch.bfloat16),
-    ("tree_attention", "triton"): HALF_AND_SINGLE,
-    ("linear_logprobs", "native"): (torch.float32, torch.bfloat16),
-    ("linear_logprobs", "triton"): HALF_AND_SINGLE,
-    ("fused_self_reward_loss", "native"): (torch.float32, torch.bfloat16),
-    ("fused_self_reward_loss", "triton"): HALF_AND_SINGLE,
+# The dtypes that a kernel takes on a type of device, where it does not take every floating one.
+DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
+    (operator, backend, device_type): HALF_AND_SINGLE if backend == "triton" or device_type == "cuda" else SINGLE
+    for (operator, backend), device_types in KERNELS.items()
+    for device_type in device_types
+    if operator != "self_reward"
 }
-
 
 # The largest head that a kernel takes, where not every one: the sums of more do not fit a GPU's registers.
 LARGEST_HEAD: dict[tuple[str, str], dict[torch.dtype, int]] = {
@@ -70,13 +68,14 @@ def refusal(
     operator: str, backend: str, device: torch.device, dtype: torch.dtype | None, head_size: int | None
 ) -> str | None:
     """What a backend asks for and is not given, and the mend; None when it takes everything."""
-    if dtype is not None and dtype not in DTYPES.get((operator, backend), (dtype,)):
-        *others, last = map(str, DTYPES[operator, backend])
+    taken = DTYPES.get((operator, backend, device.type), ())
+    if taken and dtype and dtype not in taken:
+        *others, last = map(str, taken)
         return f"takes {', '.join(others)} and {last}, got {dtype}; cast, or use impl='reference'"
     largest = LARGEST_HEAD.get((operator, backend), {}).get(dtype) if dtype else None
     if largest and head_size and head_size > largest:
         return f"takes heads of at most {largest} in {dtype}, got {head_size}; use impl='reference'"
-    capability = _triton.capability(device) if backend == "triton" else LOWEST_CAPABILITY
+    capability = LOWEST_CAPABILITY if backend == "reference" else _triton.capability(device)
     if capability < LOWEST_CAPABILITY:
         return (
             f"needs a GPU of capability {LOWEST_CAPABILITY / 10} or later, got {capability / 10}; use impl='reference'"
@@ -103,6 +102,7 @@ def choose(
 
 
 def _best(operator: str, device: torch.device, dtype: torch.dtype | None, head_size: int | None) -> str:
+    missing = None
     for backend in BACKENDS[:-1]:
         in_interpreter = backend == "triton" and device.type == "cpu"
         if in_interpreter or refusal(operator, backend, device, dtype, head_size):
@@ -110,8 +110,10 @@ def _best(operator: str, device: torch.device, dtype: torch.dtype | None, head_s
         found = status(operator, backend, device.type)
         if found.ready:
             return backend
-        if exists(operator, backend, device.type) and not torch.compiler.is_compiling():
-            _warn_once(operator, device.type, found)
+        if exists(operator, backend, device.type):
+            missing = missing or found
+    if missing and not torch.compiler.is_compiling():
+        _warn_once(operator, device.type, missing)
     return "reference"
 
 

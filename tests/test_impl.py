@@ -46,10 +46,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 def test_a_kernel_that_is_not_written_is_refused():
     message = (
-        "linear_logprobs: impl='native' cannot run on cuda: linear_logprobs has no native kernel for cuda; use impl="
+        "tree_attention: impl='native' cannot run on cuda: tree_attention has no native kernel for cuda; use impl="
     )
     with pytest.raises(RuntimeError, match=message):
-        impl.choose("linear_logprobs", "native", torch.device("cuda"))
+        impl.choose("tree_attention", "native", torch.device("cuda"))
 
 
 def test_a_kernel_that_is_not_ready_is_refused_with_reason_and_mend(native_missing):
@@ -73,6 +73,16 @@ def test_auto_is_silent_where_nothing_is_missing(native_missing):
         assert impl.choose("self_reward", "reference", CPU) == "reference"
 
 
+def test_auto_takes_what_stands_in_for_a_missing_kernel(monkeypatch):
+    monkeypatch.setitem(impl._STATUS, ("native", "cuda"), Status(False, "built without CUDA", "build it with"))
+    monkeypatch.setitem(impl._STATUS, ("triton", "cuda"), impl.READY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert impl.choose("linear_logprobs", "auto", torch.device("cuda"), torch.float16) == "triton"
+    monkeypatch.setitem(impl._STATUS, ("native", "cuda"), impl.READY)
+    assert impl.choose("linear_logprobs", "auto", torch.device("cuda"), torch.float16) == "native"
+
+
 def test_choosing_is_traced_without_a_break_and_without_a_warning(native_missing):
     def double(x):
         impl.refusal("tree_attention", "triton", x.device, x.dtype, 64)  # asks for the GPU's capability
@@ -93,7 +103,8 @@ def test_ready_native_kernels_are_registered(operator, backend):
     parts = ["linear_logprobs", "self_reward"] if operator == "fused_self_reward_loss" else [operator]
     for device, part in itertools.product(ready, parts):
         if backend == "native":
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"latro_kernels::{part}", device.upper())
+            name = {("linear_logprobs", "cuda"): "head_epilogue"}.get((part, device), part)
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"latro_kernels::{name}", device.upper())
 
 
 def test_the_extension_explains_itself():

@@ -9,20 +9,28 @@ from latro_kernels import linear_logprobs
 from latro_kernels.impl import status
 from latro_kernels.linear_logprobs.api import KERNELS
 from latro_kernels.testing import peaked_head
+from tests import emulator
 
 # NumPy's in Triton's interpreter, of infinities and NaN in entries that are then masked.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-DEVICES = {"native": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # without one in the emulator, and in Triton's interpreter
 
 
-@pytest.fixture(params=DEVICES)
-def backend(request):
-    """Its name and its device."""
-    found = status("linear_logprobs", request.param, DEVICES[request.param])
-    if not found.ready:
-        pytest.skip(f"{request.param}: {found.reason}")
-    return request.param, DEVICES[request.param]
+BACKENDS = {"native": ("native", "cpu"), "cuda": ("native", GPU), "triton": ("triton", GPU)}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Its impl and its device."""
+    impl, device = BACKENDS[request.param]
+    if request.param == "cuda" and device == "cpu":
+        emulator.use_as_native(monkeypatch)
+    else:
+        found = status("linear_logprobs", impl, device)
+        if not found.ready:
+            pytest.skip(f"{impl}: {found.reason}")
+    return impl, device
 
 
 def inputs(device):
@@ -73,6 +81,9 @@ def test_the_default_device_does_not_matter(backend):
     assert torch.equal(found, expected)
 
 
+OPERATORS = [f"latro_kernels::linear_logprobs{backend}" for backend in ("", "_cuda", "_triton")]
+
+
 class Kept(TorchDispatchMode):
     """How many numbers each call of an operator's forward returns for its backward."""
 
@@ -82,7 +93,7 @@ class Kept(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        if function.name() in ("latro_kernels::linear_logprobs", "latro_kernels::linear_logprobs_triton"):
+        if function.name() in OPERATORS:
             *_, exponentials, unit_grad = results
             self.counts.append(exponentials.numel() + unit_grad.numel())
         return results

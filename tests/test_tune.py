@@ -50,7 +50,8 @@ def test_neighbours_are_a_step_away():
         "tree_attention.grad_keys",
         "linear_logprobs.logits",
         "linear_logprobs.add_rows",
-        "linear_logprobs.unit_grad_of_far",
+        "linear_logprobs.cuda",
+        "linear_logprobs.settle",
     ],
 )
 def test_cases_run_at_toy_size(kernel, monkeypatch):
@@ -61,7 +62,6 @@ def test_cases_run_at_toy_size(kernel, monkeypatch):
         ("TREES", [(3, 5, 2)]),
         ("HEADS", {64: (2, 1)}),
         ("HEAD", (6, 16, 40)),
-        ("FAR_HEAD", (6, 16, 40)),
     ):
         monkeypatch.setattr(tune, name, toy)
     cases = list(tune.PASSES[kernel](64, torch.float32))

@@ -1,7 +1,8 @@
-"""Log-probs under a linear head in C++: csrc/linear_logprobs. Logits live a tile at a time, sums are in float32.
+"""Log-probs under a linear head in C++ and CUDA: csrc/linear_logprobs. Sums are in float32.
 
-Gradients cost two products more when the exponentials of the logits fit the memory budget, three when they are made
-again; when weight and bias need no gradient, one, which the forward pass makes.
+On a GPU the plan is that of strips.py. On a CPU logits live a tile at a time; gradients cost two products more when the
+exponentials of the logits fit the memory budget, three when they are made again; when weight and bias need no gradient,
+one, which the forward pass makes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from latro_kernels import _native
 from latro_kernels._autograd import refuse_forward_mode
+from latro_kernels.linear_logprobs import cuda
 from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, head_of, register_autograd, score
 
 OPERATOR = "latro_kernels::linear_logprobs"
@@ -37,10 +39,19 @@ def linear_logprobs(
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    if arguments[0].is_cuda:
+        return cuda.KERNELS.forward(*arguments)
     return torch.ops.latro_kernels.linear_logprobs(*arguments)
 
 
 def add_grads(grad: Tensor, head: Head, kept: Sequence[Tensor], grads: Grads, first: bool) -> None:
+    if grad.is_cuda:
+        cuda.KERNELS.add_grads(grad, head, kept, grads, first)
+    else:
+        _add_grads(grad, head, kept, grads, first)
+
+
+def _add_grads(grad: Tensor, head: Head, kept: Sequence[Tensor], grads: Grads, first: bool) -> None:
     """kept: the forward's logps, state, exponentials and unit_grad."""
     torch.ops.latro_kernels.linear_logprobs_backward(grad, *head, *kept, *grads, not first)
 
@@ -71,4 +82,4 @@ def _fake(
 if _native.available:
     torch.library.register_fake(OPERATOR, _fake)
     torch.library.register_fake(f"{OPERATOR}_backward", lambda *arguments: None)
-    register_autograd(OPERATOR, add_grads)
+    register_autograd(OPERATOR, _add_grads)
