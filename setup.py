@@ -22,7 +22,7 @@ from torch.utils import cpp_extension
 
 EXTENSION = "latro_kernels._C"
 TORCH_ABI = "0x020b000000000000"  # 2.11: the oldest torch whose stable ABI the sources may use
-DEFAULT_CUDA_ARCHES = "8.0;9.0+PTX"  # where no GPU is visible to build for; PTX serves the later ones
+DEFAULT_CUDA_ARCHES = "8.0+PTX;9.0"  # where no GPU is visible to build for; PTX serves the later ones
 
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # vectors are only ever passed within a file
 COMMON_FLAGS = [
@@ -115,11 +115,15 @@ def cuda_fault(toolkit: Path | None) -> tuple[str, str] | None:
     return None
 
 
-def cuda_arches() -> str:
-    """The architectures to build for; torch chooses the visible GPUs when it is told nothing."""
+def cuda_arch_flags() -> list[str]:
+    """The architectures to build for; torch chooses the visible GPUs when it is told nothing.
+
+    Machine code for 9.0 is 9.0a's, which alone has wgmma. PTX stays as it is: that of 9.0a serves no later GPU.
+    """
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.device_count() == 0:
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHES
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or "the GPUs visible at install"
+    flags = cpp_extension._get_cuda_arch_flags()
+    return sorted({flag.replace("=compute_90,code=sm_90", "=compute_90a,code=sm_90a") for flag in flags})
 
 
 class BuildNative(cpp_extension.BuildExtension):
@@ -137,15 +141,14 @@ class BuildNative(cpp_extension.BuildExtension):
                 raise PlatformError(f"LATRO_CUDA=1 but {fault}")
             self.skip(fault)
             return
-        if toolkit and not without_cuda:
-            self.add_cuda(toolkit)
+        arches = self.add_cuda(toolkit) if toolkit and not without_cuda else None
         os.environ.setdefault("CXX", shlex.join(compiler_command()))  # links with what compiled
         super().run()
         self.record(
             compiler=compiler_version(),
             torch=torch.__version__,
             cuda=None if without_cuda or not toolkit else cuda_version(toolkit),
-            cuda_arches=None if without_cuda else cuda_arches(),
+            cuda_arches=arches,
             missing={"cuda": without_cuda} if without_cuda else {},
         )
 
@@ -164,13 +167,17 @@ class BuildNative(cpp_extension.BuildExtension):
             missing={"cpu": missing, "cuda": missing},
         )
 
-    def add_cuda(self, toolkit: Path) -> None:
+    def add_cuda(self, toolkit: Path) -> str:
+        """Returns what is built for: machine code (sm) and PTX (compute)."""
         cpp_extension.CUDA_HOME = str(toolkit)  # torch looks for a toolkit only when it is a CUDA build itself
-        cuda_arches()
+        flags = cuda_arch_flags()
         (extension,) = self.extensions
+        # Among the extension's own flags: torch adds none where one has "arch" in it, as a path may.
+        extension.extra_compile_args["nvcc"] += flags
         extension.sources += sources(".cu")
         extension.libraries += ["cudart"] + (["c10_cuda", "torch_cuda"] if torch.version.cuda else [])
         extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
+        return ", ".join(flag.rpartition("=")[2] for flag in flags)
 
     def record(self, **facts: object) -> None:
         self.package_folder().mkdir(parents=True, exist_ok=True)
@@ -186,6 +193,7 @@ setup(
             EXTENSION,
             sources(".cpp"),
             depends=sources(".h") + sources(".cu"),
+            include_dirs=[str(Path("csrc").absolute())],  # ninja compiles elsewhere
             py_limited_api=True,
             define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
             extra_compile_args={
