@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu_head import goals
 from bench.gpu_measure import GRACE, Options, gpu_state, in_own_process
 from bench.gpu_step import WHOLE, whole_model
 from bench.measure import ROOT
@@ -30,12 +31,15 @@ from latro_kernels.__main__ import hardware, report, version, versions
 
 SHARES = {"attention": 0.35, "head": 0.3, "step": 0.35}  # of the time; what one leaves, the next ones have
 RIVALS = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
-HEAD = ("contestant", "ms", "range", "TFLOP/s", "of GEMM", "× floor", "peak MiB", "error")
+HEAD = ("contestant", "ms", "range", "TFLOP/s", "of GEMM", "× floor", "goal", "peak MiB", "error", "gradients")
+GRADIENTS = ("dq", "dk", "dv", "dX", "dW")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 LEGEND = (
     "ms: median, by CUDA events, contestants taking turns, the L2 cache overwritten before each run; range: slowest "
     "less fastest round, of the median; TFLOP/s: of the useful operations; of GEMM: of torch's bfloat16 product of "
-    "8192 x 8192; peak: what torch allocated above the inputs; error: the worst relative RMS error of a result against "
-    "float64, of a step's against float32. A contestant that is wrong is not timed."
+    "8192 x 8192; goal: the most that × floor should be; peak: what torch allocated above the inputs; error: the worst "
+    "relative RMS error of a result against float64, of a step's against float32; gradients: their dtypes. A "
+    "contestant that is wrong is not timed."
 )
 
 
@@ -152,6 +156,7 @@ def text(found: dict[str, Any]) -> str:
     lines += [f"{when:<18}{', '.join(state.values())}" for when, state in found["clocks"].items() if state]
     lines += [f"{'note':<18}{note}" for note in found["notes"]]
     lines += ["", table(found["cases"]), "", *whole_model_lines(found["whole_model"]), "", LEGEND]
+    lines += [f"goal missed: {miss}" for miss in missed_goals(found["cases"])]
     return "\n".join([*lines, *(f"FAILED: {failure}" for failure in failures(found))])
 
 
@@ -163,20 +168,35 @@ def table(records: list[dict[str, Any]]) -> str:
             lines += ["", f"{question}; floor: {record['floor']}", _line(*HEAD)]
         lines.append(f"  {record['case']}")
         for name, row in record["contestants"].items():
-            lines.append(f"    {name:<36}{row['fault']}" if "fault" in row else _line(name, *_figures(record, row)))
+            goal = goals(record["case"]).get(name)
+            figures = () if "fault" in row else _figures(record, row, goal)
+            lines.append(_line(name, *figures) if figures else f"    {name:<36}{row['fault']}")
     return "\n".join(lines)
 
 
-def _figures(record: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
+def missed_goals(records: list[dict[str, Any]]) -> list[str]:
+    ratios = [
+        (f"{record['case']}: {name}", record["contestants"][name]["seconds"] / record["floor_seconds"], goal)
+        for record in records
+        for name, goal in goals(record["case"]).items()
+        if "seconds" in record["contestants"].get(name, {})
+    ]
+    return [f"{what}: {ratio:.3f} × floor, allowed are {goal:.3f}" for what, ratio, goal in ratios if ratio > goal]
+
+
+def _figures(record: dict[str, Any], row: dict[str, Any], goal: float | None) -> tuple[str, ...]:
     rate = record["gflop"] / row["seconds"]
+    gradients = [name for name in GRADIENTS if name in row["dtypes"]]
     return (
         f"{row['seconds'] * 1e3:.3f}",
         f"{row['spread']:.0%}",
         f"{rate / 1e3:.1f}",
         f"{rate / record['gemm_gflops']:.0%}",
         f"{row['seconds'] / record['floor_seconds']:.2f}",
+        "" if goal is None else f"{goal:.2f}",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
         "" if row["error"] is None else f"{row['error']:.1e}",
+        " ".join(dict.fromkeys(SHORT.get(row["dtypes"][name], row["dtypes"][name]) for name in gradients)),
     )
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in ten minutes: the extension with its CUDA kernels, the tests, a memory checker, the benchmarks.
+# All that needs a GPU, in ten minutes: the extension with its CUDA kernels, the tests, checkers of memory and of races,
+# the benchmarks.
 #
 #     bench/gpu.sh [FOLDER]        the figures go to FOLDER/DATE-GPU/gpu.json, by default in bench/results
 #
@@ -16,8 +17,8 @@ total=585 # seconds
 failed=()
 
 # Those whose kernels run on a GPU where there is one, and what they rest on; the others ask what a CPU answers.
-tests=(tests/test_gpu.py tests/test_*triton*.py tests/test_fused*.py tests/test_linear_logprobs_kernels.py)
-tests+=(tests/test_impl.py tests/test_autograd.py tests/test_compile.py tests/test_equivalence.py)
+tests=(tests/test_gpu.py tests/test_linear_logprobs_gpu.py tests/test_*triton*.py tests/test_fused*.py)
+tests+=(tests/test_linear_logprobs_kernels.py tests/test_impl.py tests/test_autograd.py tests/test_compile.py tests/test_equivalence.py)
 
 # stage NAME LIMIT COMMAND...: at most LIMIT seconds, then an interrupt, so that what ran by then is reported
 stage() {
@@ -31,7 +32,7 @@ stage() {
 }
 
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1
-stage install 110 env LATRO_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
+stage install 150 env LATRO_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
 stage kernels 30 "$python" -m latro_kernels
 
 # With the warnings of this machine's libraries, which CI has never seen, as warnings.
@@ -41,14 +42,18 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 stage tests 180 "$python" -m pytest "${options[@]}" "${tests[@]}"
 
-# Without torch's cache, memory past the end of a tensor belongs to nobody.
+# sanitize TOOL TESTS: without torch's cache, memory past the end of a tensor belongs to nobody
+sanitize() {
+  stage "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 --print-limit 5 \
+    "$python" -m pytest -q --tb=short -W default -p no:cacheprovider tests/test_gpu.py -k "$2"
+}
+
 sanitizer=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer)
 if [ "$sanitizer" ]; then
-  stage sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "$sanitizer" --tool memcheck --error-exitcode 1 --print-limit 5 \
-    "$python" -m pytest -q --tb=short -W default -p no:cacheprovider tests/test_gpu.py -k "small_ragged and bfloat16"
+  sanitize memcheck "small_ragged and bfloat16 or native_self_reward and k1"
+  sanitize racecheck "small_ragged and bfloat16 and native or native_self_reward and k1"
 else
-  printf '\n== sanitizer: passed over, compute-sanitizer is neither on PATH nor in the CUDA toolkit\n'
+  printf '\n== memcheck, racecheck: passed over, compute-sanitizer is neither on PATH nor in the CUDA toolkit\n'
 fi
 
 left=$((total - SECONDS))

@@ -1,7 +1,9 @@
 """The output head on a GPU: log-probs of M tokens and their gradients, against its bare matrix products, in bfloat16.
 
-Contestants are those of bench/bench_head.py, with the kernels that they have for GPUs; and whole logits compiled, and
-"chunks", which makes the logits of some tokens at a time and again in the backward.
+"ours" is what impl="auto" takes, beside it each backend by name; "cuda" makes its logits by the vendor's product or by
+its own, which is there for Hopper. Others are those of bench/bench_head.py, with the kernels that they have for GPUs;
+and whole logits compiled, and "chunks", which makes the logits of some tokens at a time and again in the backward.
+What the bare products write has the operands' dtype, gradients that which the table names.
 Sizes: M scored tokens, D hidden, V vocabulary.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -32,20 +35,32 @@ from bench.bench_head import (
 )
 from bench.bench_head import ours as logprobs_within
 from bench.measure import Case
-from latro_kernels import pack_rationales
+from bench.tune import tiles
+from latro_kernels import _triton, pack_rationales
 
 SHAPES = [(3520, 4096, 128256), (2048, 1024, 151936)]  # Llama 3 8B with 16 rationales of 220 tokens; Qwen3 0.6B
 TOY = (64, 32, 500)
 CHUNK = 512  # tokens, as in verl
 PROBABILITIES = (0.02, 0.999)  # of targets: random logits would make all of them 0, and hide the errors that matter
 SOME_ROWS = 512
-OURS = ("ours", "ours, 64 MB", "definition")  # which take an index of rows, and have the fused loss
 
 
 class Kind(NamedTuple):
     name: str
     loss: Callable
     products: int  # 1: the log-probs alone; 2: the weight is frozen; 3: all gradients
+
+
+class Ours(NamedTuple):
+    impl: str = "auto"
+    budget: int | None = None
+    product: str | None = None  # that makes the logits of impl="native": "vendor" or "fused"
+
+
+OURS = {"ours": Ours(), "ours, 64 MB": Ours(budget=SMALL_BUDGET)}
+VENDOR, FUSED = "ours, cuda (vendor)", "ours, cuda (fused)"
+GPU_OURS = {VENDOR: Ours("native", product="vendor"), FUSED: Ours("native", product="fused")}
+GPU_OURS |= {"ours, triton": Ours("triton")}
 
 
 def compiled(hidden, weight, inputs):
@@ -120,6 +135,13 @@ KINDS = [
     Kind("self-reward, frozen", self_reward, 2),
 ]
 MEAN = Kind("mean of log-probs", mean, 3)
+
+# What ours should take at the first shape, as a multiple of the bare products' time. On an H200: 15.8 and 14.8 ms where
+# three products take 14.15, and 9.9 ms where two take 9.45.
+GOALS = {
+    "log-probs": {"ours": 15.8 / 14.15, VENDOR: 15.8 / 14.15, FUSED: 14.8 / 14.15},
+    "log-probs, frozen": {"ours": 9.9 / 9.45},
+}
 
 
 def without_gradient(inputs, *, logprobs):
@@ -203,30 +225,32 @@ def inputs_and_exact(shape, loss, device):
     return inputs, {"logps": logps.detach().float(), "dX": dX.float(), "dW": dW.float()}
 
 
-def heads(kind, cuda):
-    """The log-probs of ours and of others."""
-    impl = "triton" if cuda else "auto"
-    found = {"ours": partial(logprobs_within, impl=impl)}
-    if kind.products == 3:
-        found["ours, 64 MB"] = partial(logprobs_within, impl=impl, budget=SMALL_BUDGET)
-    rivals = RIVALS | (GPU_RIVALS if cuda else {})
-    found |= {name: rival for name, (rival, _) in rivals.items() if name not in absent()}
-    found |= {"chunks": chunks, "definition": partial(logprobs_within, impl="reference")}
-    return {name: head if name in OURS else partial(of_rows, logprobs=head) for name, head in found.items()}
+def run_ours(inputs, *, kind, impl, budget, product):
+    with tiles("linear_logprobs.cuda", {"product": product}) if product else nullcontext():
+        if kind.loss is self_reward:  # in place of the log-probs and then the loss
+            return through_fused_loss(inputs, frozen=kind.products == 2, impl=impl, budget=budget)
+        return through(inputs, kind=kind, logprobs=partial(logprobs_within, impl=impl, budget=budget))
 
 
-def contestants(kind, cuda):
-    frozen, found = kind.products == 2, heads(kind, cuda)
+def through(inputs, *, kind, logprobs):
     if kind.products == 1:
-        runs = {name: partial(without_gradient, logprobs=head) for name, head in found.items()}
-    else:
-        run = partial(through_logprobs, loss=kind.loss, frozen=frozen)
-        runs = {name: partial(run, logprobs=head) for name, head in found.items()}
-    if kind.loss is self_reward:  # in place of the log-probs and then the loss
-        impl = "triton" if cuda else "auto"
-        fused = {"ours": {"impl": impl}, "ours, 64 MB": {"impl": impl, "budget": SMALL_BUDGET}}
-        fused["definition"] = {"impl": "reference"}
-        runs |= {name: partial(through_fused_loss, frozen=frozen, **fused[name]) for name in OURS if name in runs}
+        return without_gradient(inputs, logprobs=logprobs)
+    return through_logprobs(inputs, logprobs=logprobs, loss=kind.loss, frozen=kind.products == 2)
+
+
+def contestants(kind, device):
+    cuda = device.type == "cuda"
+    ours = OURS | (GPU_OURS if cuda else {}) | {"definition": Ours("reference")}
+    if kind.products < 3:  # nothing is kept for the backward pass
+        del ours["ours, 64 MB"]
+    if cuda and _triton.capability(device) != 90:
+        del ours[FUSED]
+    rivals = RIVALS | (GPU_RIVALS if cuda else {})
+    heads = {name: rival for name, (rival, _) in rivals.items() if name not in absent()} | {"chunks": chunks}
+    runs = {name: partial(run_ours, kind=kind, **how._asdict()) for name, how in ours.items()}
+    runs |= {
+        name: partial(through, kind=kind, logprobs=partial(of_rows, logprobs=head)) for name, head in heads.items()
+    }
     if kind.loss is mean:
         runs |= {"QuACK": quack_mean}
     return runs | {"bare GEMMs": partial(bare_products, products=kind.products)}
@@ -242,7 +266,7 @@ def head_case(name, shape, kind, device):
         dtype=torch.bfloat16,
         inputs=inputs,
         exact={result: truth[result] for result in results},
-        contestants=contestants(kind, device.type == "cuda"),
+        contestants=contestants(kind, device),
         flops=2 * kind.products * len(inputs["distinct"]) * D * V,
         floor="bare GEMMs",
     )
@@ -255,5 +279,14 @@ def cases(device, toy):
     found = [(largest, kind) for kind in kinds]
     found += [(shape, kind) for shape in smaller for kind in KINDS if kind.products == 3]
     for shape, kind in found:
-        name = f"{kind.name} {'x'.join(map(str, shape))} bfloat16"
+        name = case_name(kind.name, shape)
         yield name, partial(head_case, name, shape, kind, device)
+
+
+def case_name(kind, shape):
+    return f"{kind} {'x'.join(map(str, shape))} bfloat16"
+
+
+def goals(case):
+    """contestant: times the floor's time."""
+    return next((goals for kind, goals in GOALS.items() if case == case_name(kind, SHAPES[0])), {})

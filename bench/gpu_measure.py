@@ -114,16 +114,17 @@ def measure(case: Case, device: torch.device, rate: float, toy: bool) -> dict[st
 
 
 def _checked(case: Case, name: str, clock: _Clock) -> dict[str, Any]:
-    """Seconds of a second run, peak memory and error; or the fault that bars the contestant."""
+    """Seconds of a second run, peak memory, error and dtypes; or the fault that bars the contestant."""
     run, inputs = case.contestants[name], case.inputs
     try:
         results = run(inputs)
         error = None if name == case.floor else worst_error(results, case.exact)
+        dtypes = {key: str(value.dtype)[6:] for key, value in results.items() if isinstance(value, Tensor)}
         del results
         if error is not None and not error <= TOLERANCE[case.dtype]:
             return {"fault": f"wrong: relative error {error:.1e}"}
         peak = clock.peak_bytes(run, inputs)
-        return {"once": clock.seconds(run, inputs), "peak_bytes": peak, "error": error}
+        return {"once": clock.seconds(run, inputs), "peak_bytes": peak, "error": error, "dtypes": dtypes}
     except Exception as error:
         return {"fault": f"{type(error).__name__}: {first_line(error)}"}
 

@@ -1,7 +1,8 @@
 """Tables and plots of what the benchmarks measured.
 
 python -m bench.render bench/results/FOLDER       a summary into README.md; every case, and plots, into the folder
-python -m bench.render                            of a GPU, from the newest gpu.json in bench/results, into README.md
+python -m bench.render                            of a GPU, from the newest gpu.json in bench/results, into README.md,
+                                                  and a plot beside it
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ LEGEND = (
 )
 RIVALS = ("trl", "liger-kernel", "cut-cross-entropy")
 SMALL_MEMORY = 32 * 2**20  # of which what libraries touch for the first time is a good part
+ROOFLINE = "roofline.svg"
 QUESTIONS = ("attention", "head", "step", "scaling", "rollout")
 AXES = {"K": "rationales of a prompt", "P": "tokens of the prompt", "V": "vocabulary"}
 
@@ -34,7 +36,10 @@ def main():
     folder = parser.parse_args().results
     if folder is None:
         newest = max(RESULTS.glob("*/gpu.json"), default=None)
-        into_readme("gpu", gpu_summary(newest, json.loads(newest.read_text()) if newest else None))
+        found = json.loads(newest.read_text()) if newest else None
+        into_readme("gpu", gpu_summary(newest, found))
+        if found:
+            plot_roofline(found, newest.with_name(ROOFLINE))
         return
     runs = [json.loads((folder / f"{question}.json").read_text()) for question in QUESTIONS]
     into_readme("bench", summary(runs, folder.name))
@@ -59,7 +64,10 @@ def gpu_summary(path, found=None):
     for module in (gpu_attention, gpu_head, gpu_step):
         for name, _ in module.cases(torch.device("cuda"), toy=False):
             question = module.__name__.removeprefix("bench.gpu_")
-            rows.append(f"| {question}, {name} | {' | '.join(_gpu_figures(records.get(name)))} |")
+            goals = gpu_head.goals(name)
+            for ours in ("ours", *gpu_head.GPU_OURS) if goals else ("ours",):
+                figures = _gpu_figures(records.get(name), ours, goals.get(ours))
+                rows.append(f"| {question}, {name}{ours.removeprefix('ours')} | {' | '.join(figures)} |")
     for name, seconds in found["whole_model"]["seconds"].items():
         others = [f"{other} {taken / seconds['ours']:.2f}×" for other, taken in seconds.items() if other != "ours"]
         rows.append(f"| whole model, {name} | {seconds['ours'] * 1e3:.0f} ms | {', '.join(others)} | |")
@@ -67,25 +75,57 @@ def gpu_summary(path, found=None):
         return "\n".join(rows)
     gpu = found["hardware"]["gpus"][0]
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "triton"))
-    results = path.relative_to(README.parent)
-    return f"{gpu['model']}; {versions}; `{found['command']}`, [every contestant]({results}).\n\n" + "\n".join(rows)
+    results = path.parent.relative_to(README.parent)
+    lines = [f"{gpu['model']}; {versions}; `{found['command']}`, [every contestant]({results}/{path.name}).", "", *rows]
+    return "\n".join([*lines, "", f"![useful TFLOP/s of every case]({results}/{ROOFLINE})"])
 
 
-def _gpu_figures(record):
-    if record is None:
-        return ["not yet measured", "", ""]
-    rows = dict(record["contestants"])
-    ours = rows.pop("ours")
-    if "fault" in ours:
-        return [ours["fault"], "", ""]
-    others = {name: row["seconds"] for name, row in rows.items() if "seconds" in row and name != record["floor"]}
-    fastest = min((name for name in others if not name.startswith("ours")), key=others.__getitem__, default=None)
-    rate = record["gflop"] / ours["seconds"] / 1e3
+def _gpu_figures(record, ours, goal):
+    """goal: times the floor's time."""
+    allowed = f"goal {goal:.2f}×" if goal else ""
+    if record is None or ours not in record["contestants"]:
+        return ["not yet measured", "", allowed]
+    rows = record["contestants"]
+    row = rows[ours]
+    if "fault" in row:
+        return [row["fault"], "", allowed]
+    others = {
+        name: other["seconds"]
+        for name, other in rows.items()
+        if "seconds" in other and name != record["floor"] and not name.startswith("ours")
+    }
+    fastest = min(others, key=others.__getitem__, default=None)
+    against_floor = f"{row['seconds'] / record['floor_seconds']:.2f}× the time of {record['floor']}"
     return [
-        f"{ours['seconds'] * 1e3:.2f} ms, {rate:.0f} TFLOP/s",
-        f"{others[fastest] / ours['seconds']:.2f}× {fastest}" if fastest else "",
-        f"{record['floor_seconds'] / ours['seconds']:.2f}× {record['floor']}",
+        f"{row['seconds'] * 1e3:.2f} ms, {record['gflop'] / row['seconds'] / 1e3:.0f} TFLOP/s",
+        f"{others[fastest] / row['seconds']:.2f}× {fastest}" if fastest else "",
+        ", ".join(filter(None, [against_floor, allowed])),
     ]
+
+
+def plot_roofline(found, path):
+    """Useful TFLOP/s of each contestant against the useful operations of the case, under the measured GEMM rate."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found["gemm_tflops"]), figsize=(15, 5), squeeze=False)
+    for panel, (question, roof) in zip(panels[0], found["gemm_tflops"].items(), strict=True):
+        points = {}
+        for record in found["cases"]:
+            for name, row in record["contestants"].items():
+                if record["question"] == question and "seconds" in row:
+                    point = record["gflop"], record["gflop"] / row["seconds"] / 1e3
+                    points.setdefault(name, []).append(point)
+        for name, of_name in points.items():
+            ours = name.startswith("ours")
+            panel.plot(*zip(*of_name, strict=True), "o" if ours else "x", alpha=1 if ours else 0.6, label=name)
+        panel.axhline(roof, color="black", linewidth=1, label="bfloat16 product of 8192 x 8192")
+        panel.set(xscale="log", yscale="log", xlabel="useful GFLOP of a case", ylabel="useful TFLOP/s", title=question)
+        panel.legend(fontsize="xx-small", loc="lower left", bbox_to_anchor=(1, 0))
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def text_table(records):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.measure import memory_budget
 from latro.config import LatroConfig
 from latro.demo import task
 from latro.demo.run import load_base
@@ -17,24 +18,27 @@ from latro.trainer import LatroTrainer
 from latro_kernels import (
     PrefixTree,
     SelfReward,
+    _triton,
     fused_self_reward_loss,
-    get_memory_budget,
     linear_logprobs,
     pack_rationales,
     self_reward,
-    set_memory_budget,
     tree_attention,
 )
 from latro_kernels.impl import status
+from latro_kernels.linear_logprobs.strips import WORKSPACE
 from latro_kernels.testing import assert_error_about_eagers, peaked_head, random_batch, random_forest
 from tests.oracle import oracle_loss
 
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-OPERATORS = ["tree_attention", "linear_logprobs", "fused_self_reward_loss"]
-RESULTS = [("tree_attention", name) for name in ("out", "dq", "dk", "dv")]
-RESULTS += [(operator, name) for operator in OPERATORS[1:] for name in ("logps", "dX", "dW")]
+RESULTS = {"tree_attention": ("out", "dq", "dk", "dv")}
+RESULTS |= dict.fromkeys(("linear_logprobs", "fused_self_reward_loss"), ("logps", "dX", "dW"))
+HEAD_IMPLS = ("native", "native fused", "triton")  # fused: the logits by native's own product, Hopper's
+HEADS = [(operator, impl) for operator in ("linear_logprobs", "fused_self_reward_loss") for impl in HEAD_IMPLS]
+OPERATORS = [("tree_attention", "triton"), *HEADS]
 V, D, ROWS = 32000, 256, 96  # of a head whose hidden rows repeat
+LARGE_V = 128256  # Llama 3's vocabulary
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
@@ -42,8 +46,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
-every_operator = pytest.mark.parametrize("operator", OPERATORS)
+every_operator = pytest.mark.parametrize(("operator", "impl"), OPERATORS, indirect=["impl"])
+every_head = pytest.mark.parametrize(("operator", "impl"), HEADS, indirect=["impl"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture
+def impl(request, operator, monkeypatch):
+    """A backend that is ready here."""
+    backend, _, product = request.param.partition(" ")
+    ready, reason, _ = status(operator, backend, DEVICE)
+    if not ready:
+        pytest.skip(f"{backend}: {reason}")
+    if product:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the fused product is Hopper's")
+        looked_up = _triton._tile_sizes
+        table = {"linear_logprobs.cuda": {"product": product}}
+        monkeypatch.setattr(_triton, "_tile_sizes", lambda kernel, *of: table.get(kernel) or looked_up(kernel, *of))
+    return backend
 
 
 @contextmanager
@@ -57,7 +78,7 @@ def no_synchronisation():
 
 
 @functools.lru_cache(maxsize=8)
-def on_host(seed):
+def on_host(seed, V=V):
     """A batch of two prompts with four rationales each, and what the operators are given, in float64."""
     batch = random_batch(seed, V, (4, 4), prompt_length=300, rationale_length=220, answer_length=20)
     tree, scored = batch.pack()
@@ -77,13 +98,12 @@ def on_host(seed):
     return tree, scored, attention | head
 
 
-def problem(operator, seed=0, dtype=torch.float32, impl="auto", device=DEVICE, exact=False):
+def problem(operator, impl, seed=0, dtype=torch.float32, device=DEVICE, exact=False, vocabulary=V):
     """A function of leaves that gives a result and a loss, and the leaves; of the same numbers in float64 if exact."""
-    tree, scored, numbers = on_host(seed)
+    tree, scored, numbers = on_host(seed, vocabulary)
     tree, scored = tree.to(device), scored.to(device)
     given = {name: value.to(dtype).to(device) for name, value in numbers.items()}
     given = {name: value.double() for name, value in given.items()} if exact else given
-    impl = "reference" if exact else impl
 
     def attend(q, k, v):
         out = tree_attention(q, k, v, tree, impl=impl)
@@ -102,28 +122,35 @@ def problem(operator, seed=0, dtype=torch.float32, impl="auto", device=DEVICE, e
     return function, [given[name].requires_grad_() for name in names]
 
 
-def results(operator, **options):
-    function, leaves = problem(operator, **options)
+def results(operator, impl, **options):
+    return result_and_gradients(*problem(operator, impl, **options))
+
+
+def result_and_gradients(function, leaves):
     result, loss = function(*leaves)
     return [result.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @every_dtype
-@pytest.mark.parametrize(("operator", "result"), RESULTS)
-def test_error_is_about_eagers_at_real_sizes(operator, result, dtype):
-    n = [name for of, name in RESULTS if of == operator].index(result)
+@pytest.mark.parametrize(
+    ("operator", "impl", "result"),
+    [(operator, impl, result) for operator, impl in OPERATORS for result in RESULTS[operator]],
+    indirect=["impl"],
+)
+def test_error_is_about_eagers_at_real_sizes(operator, impl, result, dtype):
+    n = RESULTS[operator].index(result)
     assert_error_about_eagers(
-        actual=lambda seed: results(operator, seed=seed, dtype=dtype)[n],
-        eager=lambda seed: results(operator, seed=seed, dtype=dtype, impl="reference")[n],
-        exact=lambda seed: results(operator, seed=seed, dtype=dtype, exact=True)[n],
-        what=f"{operator} {result} in {dtype}",
+        actual=lambda seed: results(operator, impl, seed=seed, dtype=dtype)[n],
+        eager=lambda seed: results(operator, "reference", seed=seed, dtype=dtype)[n],
+        exact=lambda seed: results(operator, "reference", seed=seed, dtype=dtype, exact=True)[n],
+        what=f"{operator} {result} of {impl} in {dtype}",
     )
 
 
 @every_dtype
 @every_operator
-def test_no_operator_synchronises(operator, dtype):
-    function, leaves = problem(operator, dtype=dtype)
+def test_no_operator_synchronises(operator, impl, dtype):
+    function, leaves = problem(operator, impl, dtype=dtype)
 
     def forward_and_backward():
         with torch.no_grad():
@@ -137,24 +164,45 @@ def test_no_operator_synchronises(operator, dtype):
 
 @every_dtype
 @every_operator
-def test_the_same_bits_twice(operator, dtype):
-    first, second = (results(operator, dtype=dtype) for _ in range(2))
+def test_the_same_bits_twice(operator, impl, dtype):
+    first, second = (results(operator, impl, dtype=dtype) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@every_dtype
 @every_operator
-def test_tensors_need_not_be_on_the_current_device(operator):
+def test_a_cuda_graph_replays_forward_and_backward(operator, impl, dtype):
+    """Of other numbers than those it was captured with."""
+    function, leaves = problem(operator, impl, dtype=dtype)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        side.wait_stream(torch.cuda.default_stream())
+        result_and_gradients(function, leaves)  # compiles, and fills the libraries' workspaces
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = result_and_gradients(function, leaves)
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(leaf.flip(0))
+    expected = result_and_gradients(function, leaves)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@every_operator
+def test_tensors_need_not_be_on_the_current_device(operator, impl):
     if torch.cuda.device_count() < 2:
         pytest.skip("torch sees one CUDA device")
-    expected = results(operator, device="cuda:0")
-    for ours, value in zip(results(operator, device="cuda:1"), expected, strict=True):
+    expected = results(operator, impl, device="cuda:0")
+    for ours, value in zip(results(operator, impl, device="cuda:1"), expected, strict=True):
         assert ours.device.index == 1
         torch.testing.assert_close(ours.to("cuda:0"), value)
 
 
 @every_operator
-def test_compiles_without_a_graph_break(operator):
-    function, leaves = problem(operator)
+def test_compiles_without_a_graph_break(operator, impl):
+    function, leaves = problem(operator, impl)
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True)
     assert_same(compiled(*leaves), function(*leaves), leaves, 1e-4)
@@ -187,18 +235,18 @@ def assert_same(ours, theirs, leaves, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
 @every_operator
-def test_small_ragged_problems(operator, dtype):
+def test_small_ragged_problems(operator, impl, dtype):
     """Every option and odd sizes, in little time: what a memory checker can run."""
     tolerance = {torch.bfloat16: 3e-2, torch.float32: 1e-4}[dtype]
     for seed in range(2):
-        ours, exact = (ragged_results(operator, seed, dtype, exact) for exact in (False, True))
+        ours = ragged_results(operator, impl, seed, dtype)
+        exact = ragged_results(operator, "reference", seed, dtype, exact=True)
         for value, expected in zip(ours, exact, strict=True):
             assert (value.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def ragged_results(operator, seed, dtype, exact):
+def ragged_results(operator, impl, seed, dtype, exact=False):
     generator = torch.Generator().manual_seed(seed)
-    impl = "reference" if exact else "auto"
 
     def leaf(*sizes):
         value = torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
@@ -251,10 +299,9 @@ def test_native_self_reward_equals_the_definition(kl, scale, dtype):
         self_reward(logps, scored, **given, impl="native").loss.backward()
 
 
-def test_memory_of_the_loss_stays_within_the_budget():
+@pytest.mark.parametrize(("operator", "impl"), HEADS[len(HEAD_IMPLS) :], indirect=["impl"])
+def test_memory_of_the_loss_stays_within_the_budget(operator, impl):
     """Sixteen thousand tokens, of which whole logits in bfloat16 would be a GiB, with a budget of 64 MiB."""
-    from latro_kernels.linear_logprobs.triton import WORKSPACE
-
     vocabulary, hidden_size, budget = 32768, 256, 64 * 2**20
     prompts, rationales = [[1]] * 16, [[[2] * 120] * 8] * 16
     tree, scored = pack_rationales(prompts, rationales, [[3] * 8] * 16)
@@ -263,23 +310,59 @@ def test_memory_of_the_loss_stays_within_the_budget():
     weight = (torch.randn(vocabulary, hidden_size, device=DEVICE) / 16).bfloat16().requires_grad_()
 
     def step():
-        loss = fused_self_reward_loss(hidden, weight, scored, beta=0).loss
+        loss = fused_self_reward_loss(hidden, weight, scored, beta=0, impl=impl).loss
         torch.autograd.grad(loss, [hidden, weight])
 
-    before = get_memory_budget()
-    set_memory_budget(budget)
-    try:
+    with memory_budget(budget):
         step()  # the libraries' own workspaces stay
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         step()
         peak = torch.cuda.max_memory_allocated() - held
-    finally:
-        set_memory_budget(before)
     gradients = 8 * (hidden.numel() + weight.numel())  # in float32, rounded, and scaled
     assert len(scored.rows) * vocabulary * hidden.element_size() >= 2**30
     assert peak <= budget + WORKSPACE + gradients + 64 * 2**20
+
+
+@every_head
+def test_autocast_to_float16_under_a_gradient_scaler(operator, impl):
+    """Of a large vocabulary. Gradients in float16 would vanish before the scaler acts, and overflow after it."""
+    function, leaves = problem(operator, impl, vocabulary=LARGE_V)
+    _, *exact = results(operator, "reference", exact=True, vocabulary=LARGE_V)
+    scaler = torch.amp.GradScaler(DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        _, loss = function(*leaves)
+    scaler.scale(loss).backward()
+    scaler.unscale_(torch.optim.SGD(leaves))
+    for leaf, truth in zip(leaves, exact, strict=True):
+        assert (leaf.grad - truth).norm() <= 2e-2 * truth.norm()
+
+
+@pytest.mark.parametrize(("operator", "impl"), HEADS[: len(HEAD_IMPLS)], indirect=["impl"])
+def test_more_exponentials_than_32_bits_count(operator, impl):
+    """All of them kept. Only tokens at both ends have a part in the loss, so that the truth needs no more memory."""
+    T, D, few = 17000, 64, 64
+    kept = 2 * T * LARGE_V
+    assert kept > 2 * 2**31
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 4 * kept:
+        pytest.skip(f"needs {4 * kept / 2**30:.0f} GiB of GPU memory")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=generator, device=DEVICE) for n in (T, LARGE_V))
+    leaves = [hidden.bfloat16().requires_grad_(), (weight / D**0.5).bfloat16().requires_grad_()]
+    targets = torch.randint(LARGE_V, (T,), generator=generator, device=DEVICE)
+    tokens = torch.arange(T, device=DEVICE)
+    ends = torch.cat([tokens[:few], tokens[-few:]])
+    with memory_budget(2 * kept):
+        logps = linear_logprobs(*leaves, tokens, targets, impl=impl)
+        grad_hidden, grad_weight = torch.autograd.grad(logps[ends].sum(), leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = linear_logprobs(*exact, ends, targets[ends], impl="reference")
+    truth_hidden, truth_weight = torch.autograd.grad(truth.sum(), exact)
+    torch.testing.assert_close(logps[ends].double(), truth, rtol=1e-5, atol=1e-4)
+    assert not grad_hidden[few:-few].any()
+    for grad, of_truth in ((grad_hidden, truth_hidden), (grad_weight, truth_weight)):
+        assert (grad - of_truth).norm() <= 2e-2 * of_truth.norm()
 
 
 def qwen3(dtype=torch.float32, seed=0):

@@ -14,6 +14,7 @@ import torch
 
 from bench import gpu, gpu_head, gpu_measure, gpu_step, render
 from bench.measure import Case
+from latro_kernels import _triton
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -48,24 +49,73 @@ def test_every_contestant_is_right(lines, question):
         for name, row in record["contestants"].items():
             assert "fault" not in row, (record["case"], name)
             assert row["seconds"] > 0
+            assert all(row["dtypes"][key] == "bfloat16" for key in ("dX", "dW") if key in row["dtypes"])
             if name != record["floor"]:
                 assert row["error"] < 0.02, (record["case"], name)
     names = [line["record"]["case"] for line in cases]
     assert len(set(names)) == len(names)
 
 
-def test_the_readme_shows_what_is_measured_and_what_is_not(found, tmp_path):
-    gpu_state = {"model": "H", "capability": "9.0", "memory_gib": 1.0}
+def test_every_backend_of_ours_is_a_contestant_on_a_gpu(monkeypatch):
+    device, product = torch.device("cuda"), {"product": "fused"}
+    for kind in gpu_head.KINDS:
+        runs = gpu_head.contestants(kind, device)
+        assert set(gpu_head.GPU_OURS) < set(runs)
+        assert ("ours, 64 MB" in runs) == (kind.products == 3)
+    assert runs[gpu_head.FUSED].keywords.items() > {"impl": "native", **product}.items()
+    seen = []
+    monkeypatch.setattr(gpu_head, "through_fused_loss", lambda *_, **how: seen.append((how, tile_sizes())))
+
+    def tile_sizes():
+        return _triton.tile_sizes("linear_logprobs.cuda", 64, torch.empty(0, dtype=torch.bfloat16))
+
+    runs[gpu_head.FUSED]({})
+    assert seen == [({"frozen": True, "impl": "native", "budget": None}, product)]
+    monkeypatch.setattr(gpu_head._triton, "capability", lambda device: 80)
+    assert gpu_head.FUSED not in gpu_head.contestants(kind, device)
+
+
+@pytest.fixture
+def head_measured(found):
+    """One case, that of the first goals, in which each backend takes as long as the floor and a half."""
     record = next(record for record in found["cases"] if record["question"] == "head")
-    names = [name for name, _ in gpu_head.cases(torch.device("cuda"), toy=False)]
-    found |= {"cases": [record | {"case": names[0]}], "hardware": {"cpu": {}, "gpus": [gpu_state]}}
-    path = render.RESULTS / "none" / "gpu.json"
+    (name, _), *_ = gpu_head.cases(torch.device("cuda"), toy=False)
+    rows = record["contestants"] | dict.fromkeys(gpu_head.GPU_OURS, record["contestants"]["ours"])
+    rows |= {backend: row | {"seconds": 1.5} for backend, row in rows.items() if backend.startswith("ours")}
+    record |= {"case": name, "contestants": rows, "floor_seconds": 1.0}
+    gpu_state = {"model": "H", "capability": "9.0", "memory_gib": 1.0}
+    return found | {"cases": [record], "hardware": found["hardware"] | {"gpus": [gpu_state]}}
+
+
+def test_the_readme_shows_what_is_measured_and_what_is_not(head_measured):
+    (record,) = head_measured["cases"]
     unmeasured = render.gpu_summary(None).splitlines()
     assert all("| not yet measured |" in line for line in unmeasured[2:])
-    table = render.gpu_summary(path, found).splitlines()
-    (measured,) = [line for line in table if names[0] + " |" in line]
-    assert " ms, " in measured and measured.endswith(f"× {record['floor']} |")
-    assert sum("not yet measured" in line for line in table) == len(unmeasured) - 3
+    assert sum("goal 1.12×" in line for line in unmeasured) == 2
+    text = render.gpu_summary(render.RESULTS / "none" / "gpu.json", head_measured)
+    measured = [line for line in text.splitlines() if f"| head, {record['case']}" in line]
+    assert len(measured) == 1 + len(gpu_head.GPU_OURS)
+    assert all(" ms, " in line and "1.50× the time of bare GEMMs" in line for line in measured)
+    assert measured[1].startswith(f"| head, {record['case']}, cuda (vendor) |")
+    assert measured[1].endswith("1.50× the time of bare GEMMs, goal 1.12× |")
+    assert text.count("not yet measured") == len(unmeasured) - 2 - len(measured)
+    assert text.endswith("(bench/results/none/roofline.svg)")
+
+
+def test_a_missed_goal_is_named(head_measured):
+    (record,) = head_measured["cases"]
+    missed = [line for line in gpu.text(head_measured).splitlines() if line.startswith("goal missed: ")]
+    assert len(missed) == len(gpu_head.goals(record["case"])) == 3
+    assert f"{gpu_head.FUSED}: 1.500 × floor, allowed are 1.046" in missed[-1]
+    for row in record["contestants"].values():
+        row["seconds"] = 1.0
+    assert "goal missed" not in gpu.text(head_measured)
+
+
+def test_the_roofline_is_a_picture(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    render.plot_roofline(found, tmp_path / "roofline.svg")
+    assert "</svg>" in (tmp_path / "roofline.svg").read_text()
 
 
 def test_everything_stands_in_the_table(found):
