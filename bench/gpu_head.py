@@ -36,7 +36,7 @@ from bench.bench_head import (
 from bench.bench_head import ours as logprobs_within
 from bench.measure import Case
 from bench.tune import tiles
-from latro_kernels import _triton, pack_rationales
+from latro_kernels import _gpu, pack_rationales
 
 SHAPES = [(3520, 4096, 128256), (2048, 1024, 151936)]  # Llama 3 8B with 16 rationales of 220 tokens; Qwen3 0.6B
 TOY = (64, 32, 500)
@@ -243,7 +243,7 @@ def contestants(kind, device):
     ours = OURS | (GPU_OURS if cuda else {}) | {"definition": Ours("reference")}
     if kind.products < 3:  # nothing is kept for the backward pass
         del ours["ours, 64 MB"]
-    if cuda and _triton.capability(device) != 90:
+    if cuda and _gpu.capability(device) != 90:
         del ours[FUSED]
     rivals = RIVALS | (GPU_RIVALS if cuda else {})
     heads = {name: rival for name, (rival, _) in rivals.items() if name not in absent()} | {"chunks": chunks}

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latro_kernels import PrefixTree, _triton, linear_logprobs, tree_attention
+from latro_kernels import PrefixTree, _gpu, linear_logprobs, tree_attention
 
 Row = dict[str, Any]  # of the table: what it is for, constants, and why
 Constants = dict[str, Any]
@@ -113,7 +113,7 @@ PASSES: dict[str, Callable[[int, torch.dtype], Iterator[Case]]] = {
 
 
 def rows_taken(rows: list[Row], arch: int) -> list[Row]:
-    """The rows that `_triton.tile_sizes` finds on a GPU of this architecture."""
+    """The rows that `_gpu.tile_sizes` finds on a GPU of this architecture."""
     known = [row for row in rows if row["arch"] <= arch]
     newest = {row["bytes"]: max(r["arch"] for r in known if r["bytes"] == row["bytes"]) for row in known}
     return [row for row in known if row["arch"] == newest[row["bytes"]]]
@@ -179,12 +179,12 @@ def as_text(table: Table) -> str:
 @contextmanager
 def tiles(kernel: str, constants: Constants) -> Iterator[None]:
     """With these constants for the kernel, and the table's for all others."""
-    looked_up = _triton._tile_sizes
-    _triton._tile_sizes = lambda name, *of: constants if name == kernel else looked_up(name, *of)
+    looked_up = _gpu._tile_sizes
+    _gpu._tile_sizes = lambda name, *of: constants if name == kernel else looked_up(name, *of)
     try:
         yield
     finally:
-        _triton._tile_sizes = looked_up
+        _gpu._tile_sizes = looked_up
 
 
 def fault_of(case: Case, expected: list[Tensor], tolerance: float) -> str | None:
@@ -268,7 +268,7 @@ def progress(line: str) -> None:
 
 
 def main() -> int:
-    table: Table = json.loads(_triton.TABLE.read_text())
+    table: Table = json.loads(_gpu.TABLE.read_text())
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("kernels", nargs="*", metavar="kernel", help=f"of {', '.join(table)}; all by default")
     parser.add_argument("--bytes", type=int, help="rows of this element size alone")
@@ -280,7 +280,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.tune: no CUDA device is visible to torch; run it on the GPU to tune for", file=sys.stderr)
         return 1
-    arch = _triton.capability(torch.device(DEVICE))
+    arch = _gpu.capability(torch.device(DEVICE))
     for kernel in wanted.kernels or table:
         taken = rows_taken(table[kernel], arch)
         for row in taken:  # those of an older architecture too: one of this one would come before all of them
@@ -289,7 +289,7 @@ def main() -> int:
             if wanted.bytes in (None, row["bytes"]) and wanted.size in (None, row["size"]):
                 table[kernel] = with_row(table[kernel], tuned(kernel, row, arch))
                 if not wanted.dry_run:
-                    _triton.TABLE.write_text(as_text(table))
+                    _gpu.TABLE.write_text(as_text(table))
     return 0
 
 

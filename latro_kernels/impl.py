@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from latro_kernels import _native, _triton
+from latro_kernels import _gpu, _native, _triton
 
 OPERATORS = ("tree_attention", "linear_logprobs", "self_reward", "fused_self_reward_loss")
 BACKENDS = ("native", "triton", "reference")  # in order of preference
@@ -75,7 +75,7 @@ def refusal(
     largest = LARGEST_HEAD.get((operator, backend), {}).get(dtype) if dtype else None
     if largest and head_size and head_size > largest:
         return f"takes heads of at most {largest} in {dtype}, got {head_size}; use impl='reference'"
-    capability = LOWEST_CAPABILITY if backend == "reference" else _triton.capability(device)
+    capability = LOWEST_CAPABILITY if backend == "reference" else _gpu.capability(device)
     if capability < LOWEST_CAPABILITY:
         return (
             f"needs a GPU of capability {LOWEST_CAPABILITY / 10} or later, got {capability / 10}; use impl='reference'"

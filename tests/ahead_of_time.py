@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.measure import memory_budget
-from latro_kernels import PrefixTree, _triton, fused_self_reward_loss, impl, linear_logprobs, tree_attention
+from latro_kernels import PrefixTree, _gpu, fused_self_reward_loss, impl, linear_logprobs, tree_attention
 from latro_kernels.linear_logprobs import strips
 from latro_kernels.testing import random_batch
 
@@ -64,7 +64,7 @@ class Compiler:
         self.case = ""
         self.known: set[str] = set()  # kernels and faults that were printed
         self.table: dict[str, list[dict]] = {}
-        self.looked_up = _triton._tile_sizes
+        self.looked_up = _gpu._tile_sizes
 
     def launch(self, kernel, grid, *arguments, **constants):
         record = {"kernel": kernel.__name__, "arch": self.arch, "case": self.case, "constants": constants}
@@ -165,17 +165,17 @@ def fused_loss(dtype: torch.dtype, D: int = 1024, frozen: bool = False) -> None:
 @contextmanager
 def product_by(maker: str) -> Iterator[None]:
     """With the head's logits made by the vendor's matrix product, or by a kernel of ours."""
-    looked_up = _triton._tile_sizes
+    looked_up = _gpu._tile_sizes
 
     def replaced(kernel: str, *of: int) -> dict:
         found = looked_up(kernel, *of)
         return found | {"product": maker} if "product" in found else found
 
-    _triton._tile_sizes = replaced
+    _gpu._tile_sizes = replaced
     try:
         yield
     finally:
-        _triton._tile_sizes = looked_up
+        _gpu._tile_sizes = looked_up
 
 
 def forward_and_backward(operator: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
@@ -228,8 +228,8 @@ def compile_all(arch: int, everything: bool) -> None:
     compiler = Compiler(arch)
     driver.set_active(Driver(arch))
     triton.JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compiler.launch, kernel, grid)
-    _triton.capability = lambda device: arch
-    _triton._tile_sizes = compiler.tile_sizes
+    _gpu.capability = lambda device: arch
+    _gpu._tile_sizes = compiler.tile_sizes
     impl._STATUS["triton", "cpu"] = impl.READY
     strips.WORKSPACE = 0  # for a head to have strips beyond the first
     triton.knobs.nvidia.dump_ptxas_log = True

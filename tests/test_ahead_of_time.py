@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from bench.tune import constants_of, rows_taken
-from latro_kernels import _triton
+from latro_kernels import _gpu, _triton
 
 pytestmark = pytest.mark.skipif(not _triton.available, reason="triton is not installed")
 
 ROOT = Path(__file__).parents[1]
-TABLE = json.loads(_triton.TABLE.read_text())
+TABLE = json.loads(_gpu.TABLE.read_text())
 del TABLE["linear_logprobs.cuda"]  # which is for no Triton kernel
 
 # What a block of threads may have, by architecture: A100, other Ampere and Ada, Hopper, Blackwell, other Blackwell.

@@ -18,7 +18,7 @@ from latro.trainer import LatroTrainer
 from latro_kernels import (
     PrefixTree,
     SelfReward,
-    _triton,
+    _gpu,
     fused_self_reward_loss,
     linear_logprobs,
     pack_rationales,
@@ -61,9 +61,9 @@ def impl(request, operator, monkeypatch):
     if product:
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("the fused product is Hopper's")
-        looked_up = _triton._tile_sizes
+        looked_up = _gpu._tile_sizes
         table = {"linear_logprobs.cuda": {"product": product}}
-        monkeypatch.setattr(_triton, "_tile_sizes", lambda kernel, *of: table.get(kernel) or looked_up(kernel, *of))
+        monkeypatch.setattr(_gpu, "_tile_sizes", lambda kernel, *of: table.get(kernel) or looked_up(kernel, *of))
     return backend
 
 

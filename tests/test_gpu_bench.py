@@ -14,7 +14,7 @@ import torch
 
 from bench import gpu, gpu_head, gpu_measure, gpu_step, render
 from bench.measure import Case
-from latro_kernels import _triton
+from latro_kernels import _gpu
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -67,11 +67,11 @@ def test_every_backend_of_ours_is_a_contestant_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_head, "through_fused_loss", lambda *_, **how: seen.append((how, tile_sizes())))
 
     def tile_sizes():
-        return _triton.tile_sizes("linear_logprobs.cuda", 64, torch.empty(0, dtype=torch.bfloat16))
+        return _gpu.tile_sizes("linear_logprobs.cuda", 64, torch.empty(0, dtype=torch.bfloat16))
 
     runs[gpu_head.FUSED]({})
     assert seen == [({"frozen": True, "impl": "native", "budget": None}, product)]
-    monkeypatch.setattr(gpu_head._triton, "capability", lambda device: 80)
+    monkeypatch.setattr(gpu_head._gpu, "capability", lambda device: 80)
     assert gpu_head.FUSED not in gpu_head.contestants(kind, device)
 
 

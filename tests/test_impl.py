@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from latro_kernels import _native, _triton, impl
+from latro_kernels import _gpu, _native, _triton, impl
 from latro_kernels.impl import BACKENDS, DEVICES, OPERATORS, Status
 
 CPU = torch.device("cpu")
@@ -157,19 +157,19 @@ def test_triton_that_is_missing_or_old_is_told(monkeypatch):
     assert _triton.fault("cuda") == ("triton is not installed", "install triton>=3.6, which is there for Linux")
 
 
-ROWS = [(kernel, row) for kernel, rows in json.loads(_triton.TABLE.read_text()).items() for row in rows]
+ROWS = [(kernel, row) for kernel, rows in json.loads(_gpu.TABLE.read_text()).items() for row in rows]
 
 
 @pytest.mark.parametrize(("kernel", "row"), ROWS, ids=lambda value: value if isinstance(value, str) else "")
 def test_each_row_of_the_table_is_found_and_has_a_reason(kernel, row):
-    found = _triton._tile_sizes(kernel, row["size"], row["bytes"], row["arch"])
+    found = _gpu._tile_sizes(kernel, row["size"], row["bytes"], row["arch"])
     assert found == {name: value for name, value in row.items() if name not in ("arch", "bytes", "size", "why")}
     assert len(row["why"]) > 20
 
 
 def test_a_gpu_takes_the_newest_rows_that_are_not_newer_than_itself():
     def arch_of(capability):
-        found = _triton._tile_sizes("tree_attention.grad_keys", 200, 2, capability)
+        found = _gpu._tile_sizes("tree_attention.grad_keys", 200, 2, capability)
         rows = [row for kernel, row in ROWS if kernel == "tree_attention.grad_keys" and row["size"] == 256]
         return [row["arch"] for row in rows if row["bytes"] == 2 and row.items() >= found.items()]
 
@@ -189,7 +189,7 @@ def test_auto_leaves_large_heads_to_the_reference(dtype, fits):
 
 @pytest.mark.parametrize("operator", ["tree_attention", "linear_logprobs", "fused_self_reward_loss"])
 def test_auto_leaves_old_gpus_to_the_reference(operator, monkeypatch):
-    monkeypatch.setattr(_triton, "capability", lambda device: 75)
+    monkeypatch.setattr(_gpu, "capability", lambda device: 75)
     assert impl.choose(operator, "auto", torch.device("cuda"), torch.float16, 64) == "reference"
     message = f"{operator}: impl='triton' needs a GPU of capability 8.0 or later, got 7.5; use impl='reference'"
     with pytest.raises(RuntimeError, match=message):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latro_kernels import get_memory_budget, linear_logprobs, set_memory_budget
-from latro_kernels._triton import capability
+from latro_kernels._gpu import capability
 from latro_kernels.impl import status
 from latro_kernels.linear_logprobs import cuda, strips
 from latro_kernels.linear_logprobs.api import KERNELS

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from bench import tune
-from latro_kernels import _triton
+from latro_kernels import _gpu
 
-TABLE = json.loads(_triton.TABLE.read_text())
+TABLE = json.loads(_gpu.TABLE.read_text())
 ROWS = [(kernel, row) for kernel, rows in TABLE.items() for row in rows]
 ARCHS = (80, 86, 89, 90, 100, 120)
 
 
 def test_the_table_is_as_the_tuner_writes_it():
-    assert tune.as_text(TABLE) == _triton.TABLE.read_text()
+    assert tune.as_text(TABLE) == _gpu.TABLE.read_text()
 
 
 def test_every_row_can_be_tuned():
@@ -80,10 +80,10 @@ def test_rows_taken_are_those_that_kernels_find(arch):
         taken = tune.rows_taken(rows, arch)
         assert taken
         for row in taken:
-            assert _triton._tile_sizes(kernel, row["size"], row["bytes"], arch) == tune.constants_of(row)
+            assert _gpu._tile_sizes(kernel, row["size"], row["bytes"], arch) == tune.constants_of(row)
         for row in rows:
             if any(other["bytes"] == row["bytes"] and other["size"] >= row["size"] for other in taken):
-                assert _triton._tile_sizes(kernel, row["size"], row["bytes"], arch) in map(tune.constants_of, taken)
+                assert _gpu._tile_sizes(kernel, row["size"], row["bytes"], arch) in map(tune.constants_of, taken)
 
 
 def test_the_fastest_over_all_cases_is_chosen():
@@ -109,11 +109,11 @@ def test_only_the_tuned_kernel_gets_other_constants():
     first, second, *_ = TABLE
     row, other = TABLE[first][0], TABLE[second][0]
     element = torch.empty(0, dtype=tune.DTYPES[row["bytes"]])
-    before = [_triton.tile_sizes(kernel, of["size"], element) for kernel, of in ((first, row), (second, other))]
+    before = [_gpu.tile_sizes(kernel, of["size"], element) for kernel, of in ((first, row), (second, other))]
     with tune.tiles(first, {"BLOCK_M": 7}):
-        assert _triton.tile_sizes(first, row["size"], element) == {"BLOCK_M": 7}
-        assert _triton.tile_sizes(second, other["size"], element) == before[1]
-    assert _triton.tile_sizes(first, row["size"], element) == before[0]
+        assert _gpu.tile_sizes(first, row["size"], element) == {"BLOCK_M": 7}
+        assert _gpu.tile_sizes(second, other["size"], element) == before[1]
+    assert _gpu.tile_sizes(first, row["size"], element) == before[0]
 
 
 class ToyCase:
@@ -122,7 +122,7 @@ class ToyCase:
     name = "toy shapes"
 
     def results(self):
-        blocks = _triton.tile_sizes("toy.kernel", 64, torch.empty(0))
+        blocks = _gpu.tile_sizes("toy.kernel", 64, torch.empty(0))
         if (blocks["BLOCK_M"], blocks["num_warps"]) == (128, 4):
             raise RuntimeError("out of resources: shared memory")
         return [torch.tensor(2.0 if blocks["BLOCK_M"] == 32 else 1.0)]
@@ -135,15 +135,15 @@ def gpu(monkeypatch, tmp_path):
     table = tmp_path / "tiles.json"
     row = {"arch": 80, "bytes": 4, "size": 64, "BLOCK_M": 64, "num_warps": 4, "why": "a guess"}
     table.write_text(json.dumps({"toy.kernel": [row, row | {"size": 128}]}))
-    monkeypatch.setattr(_triton, "TABLE", table)
-    monkeypatch.setattr(_triton, "capability", lambda device: 90)
+    monkeypatch.setattr(_gpu, "TABLE", table)
+    monkeypatch.setattr(_gpu, "capability", lambda device: 90)
     monkeypatch.setattr(tune, "PASSES", {"toy.kernel": lambda size, dtype: [ToyCase(), ToyCase()]})
     monkeypatch.setattr(tune, "milliseconds", lambda kernel, candidates, case: [4 / c["num_warps"] for c in candidates])
     for name, value in (("is_available", True), ("synchronize", None), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, partial(lambda value: value, value))
-    _triton._tile_sizes.cache_clear()
+    _gpu._tile_sizes.cache_clear()
     yield table
-    _triton._tile_sizes.cache_clear()
+    _gpu._tile_sizes.cache_clear()
 
 
 def test_tuning_writes_the_winner_and_says_why(gpu, monkeypatch, capsys):

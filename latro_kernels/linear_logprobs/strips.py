@@ -52,7 +52,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from latro_kernels._triton import on_device_of
+from latro_kernels._gpu import on_device_of
 from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, register_autograd
 
 # Bytes of a strip's float32 products: enough for the vendor's kernels to run at full rate. At M = 3520 the strip is a

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels._autograd import refuse_forward_mode
-from latro_kernels._triton import tile_sizes
+from latro_kernels._gpu import tile_sizes
 from latro_kernels.linear_logprobs import triton_kernels as kernels
 from latro_kernels.linear_logprobs.head import head_of, score
 from latro_kernels.linear_logprobs.strips import Scored, register

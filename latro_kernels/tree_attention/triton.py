@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from latro_kernels._autograd import refuse_forward_mode
-from latro_kernels._triton import on_device_of, tile_sizes
+from latro_kernels._gpu import on_device_of, tile_sizes
 from latro_kernels._triton_math import LOG2E
 from latro_kernels.tree import TILE, PrefixTree, TreeTiles
 from latro_kernels.tree_attention import triton_kernels as kernels
