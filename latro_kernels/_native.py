@@ -45,6 +45,22 @@ build = _read_build()
 _fault = _load(build, torch.__version__)
 available: bool = _fault is None
 reason, mend = _fault or (None, None)
+cuda_arches: tuple[str, ...] = tuple((build.get("cuda_arches") or "").split(", "))  # "sm_90a": code, "compute_80": PTX
+
+
+def serves(capability: int) -> bool:
+    """Whether the CUDA kernels have code for such a GPU, or PTX that becomes it."""
+    for arch in cuda_arches:
+        kind, _, number = arch.partition("_")
+        if not number.isdigit():  # 90a is for 9.0 and nothing else
+            found = kind == "sm" and number[:-1] == str(capability)
+        elif kind == "sm":
+            found = int(number) <= capability and int(number) // 10 == capability // 10
+        else:
+            found = int(number) <= capability
+        if found:
+            return True
+    return False
 
 
 def fault(device_type: str) -> tuple[str, str] | None:

@@ -80,6 +80,12 @@ def refusal(
         return (
             f"needs a GPU of capability {LOWEST_CAPABILITY / 10} or later, got {capability / 10}; use impl='reference'"
         )
+    built = status(operator, backend, device.type).ready and device.type == "cuda" and backend == "native"
+    if built and not _native.serves(capability):
+        return (
+            f"was built for {', '.join(_native.cuda_arches)}, which does not serve capability {capability / 10}; "
+            "set TORCH_CUDA_ARCH_LIST to it and install again"
+        )
     return None
 
 

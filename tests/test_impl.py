@@ -80,6 +80,7 @@ def test_auto_takes_what_stands_in_for_a_missing_kernel(monkeypatch):
         warnings.simplefilter("error")
         assert impl.choose("linear_logprobs", "auto", torch.device("cuda"), torch.float16) == "triton"
     monkeypatch.setitem(impl._STATUS, ("native", "cuda"), impl.READY)
+    monkeypatch.setattr(_native, "cuda_arches", ("sm_90a",))
     assert impl.choose("linear_logprobs", "auto", torch.device("cuda"), torch.float16) == "native"
 
 
@@ -194,3 +195,34 @@ def test_auto_leaves_old_gpus_to_the_reference(operator, monkeypatch):
     message = f"{operator}: impl='triton' needs a GPU of capability 8.0 or later, got 7.5; use impl='reference'"
     with pytest.raises(RuntimeError, match=message):
         impl.choose(operator, "triton", CPU, torch.float16, 64)
+
+
+@pytest.mark.parametrize(
+    ("arches", "capability", "serves"),
+    [
+        (("compute_80", "sm_80", "sm_90a"), 80, True),
+        (("compute_80", "sm_80", "sm_90a"), 90, True),
+        (("compute_80", "sm_80", "sm_90a"), 120, True),  # by PTX
+        (("sm_80",), 86, True),
+        (("sm_80",), 90, False),
+        (("sm_86",), 80, False),
+        (("sm_90a",), 90, True),
+        (("sm_90a",), 100, False),
+        (("compute_90", "sm_90a"), 80, False),
+        (("",), 80, False),
+    ],
+)
+def test_auto_leaves_gpus_that_were_not_built_for(arches, capability, serves, monkeypatch):
+    monkeypatch.setattr(_native, "cuda_arches", arches)
+    monkeypatch.setattr(_gpu, "capability", lambda device: capability)
+    for backend in ("native", "triton"):
+        monkeypatch.setitem(impl._STATUS, (backend, "cuda"), impl.READY)
+    device = torch.device("cuda")
+    assert _native.serves(capability) == serves
+    assert impl.choose("linear_logprobs", "auto", device, torch.bfloat16) == ("native" if serves else "triton")
+    if not serves:
+        message = (
+            f"linear_logprobs: impl='native' was built for .*, which does not serve capability {capability / 10}; "
+        )
+        with pytest.raises(RuntimeError, match=message):
+            impl.choose("linear_logprobs", "native", device, torch.bfloat16)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latro_kernels import _native
 from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels._gpu import capability, tile_sizes
 from latro_kernels.linear_logprobs.head import head_of, score
@@ -42,9 +43,11 @@ class _Cuda:
 
     def is_fused(self, scored: Scored) -> bool:
         hidden, weight = scored.hidden, scored.weight
+        has_code = "sm_90a" in _native.cuda_arches or not hidden.is_cuda  # in the emulator it has
         fits = (
             hidden.element_size() == 2
             and capability(hidden.device) == 90
+            and has_code
             and hidden.shape[1] * 2 % BYTES_AT_ONCE == 0
             and weight.stride(0) * 2 % BYTES_AT_ONCE == 0
             and weight.data_ptr() % BYTES_AT_ONCE == 0
