@@ -104,7 +104,7 @@ def backend(request, monkeypatch):
     if product == "fused" and name == "cuda" and capability(torch.device(DEVICE)) != 90:
         pytest.skip("the fused product is for GPUs of capability 9.0")
     found.prepare(monkeypatch, product)
-    monkeypatch.setattr(strips, "WORKSPACE", 4 * SCORED * 2 * found.width)
+    monkeypatch.setattr(strips, "WORKSPACE", 8 * SCORED * 2 * found.width)
     return found
 
 

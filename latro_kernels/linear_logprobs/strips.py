@@ -55,8 +55,8 @@ from torch import Tensor
 from latro_kernels._gpu import on_device_of
 from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, register_autograd
 
-# Bytes of a strip's float32 products: enough for the vendor's kernels to run at full rate. At M = 3520 the strip is a
-# seventh of a vocabulary of 128k.
+# Bytes of a strip's float32 products and E: enough for the vendor's kernels to run at full rate. At M = 3520, in
+# bfloat16, the strip is a tenth of a vocabulary of 128k; with more than 40,000 tokens it is one tile, and takes more.
 WORKSPACE = 256 << 20
 
 # Strips begin, and rows of matrices end, at multiples of this many numbers: the fast kernels ask for it.
@@ -278,7 +278,7 @@ def _score(
     kept = min(exponentials.shape[1], V)
     fused, width = steps.width(scored)
     in_memory = not fused or unit is not None
-    strips = _strips(0, kept, M, width, in_memory) + _strips(kept, V, M, width, in_memory)
+    strips = _strips(scored, 0, kept, width, in_memory) + _strips(scored, kept, V, width, in_memory)
     partials = scored.state.new_empty(3, sum(_blocks(end - begin, width) for begin, end in strips), M)
     steps.guess(scored)
     first = 0
@@ -297,13 +297,17 @@ def _score(
         steps.settle(scored, partials, 0, _blocks(kept, width), exponentials[:, :kept], None)
 
 
-def _strips(begin: int, end: int, M: int, width: int, in_memory: bool) -> list[tuple[int, int]]:
+def _strips(scored: Scored, begin: int, end: int, width: int, in_memory: bool) -> list[tuple[int, int]]:
     """Of the columns [begin, end), whole tiles but for the last. in_memory: products or E of a strip have to be in the
     workspace."""
     if not in_memory:
         return [(begin, end)] if begin < end else []
+    M, D = scored.hidden.shape
+    of_column = M * (4 + scored.hidden.element_size())
+    if scored.hidden.dtype == torch.float16:
+        of_column += 4 * D  # of dW, which has a power of two of its own until it is added up
     step = math.lcm(width, ALIGNMENT)
-    columns = max(1, WORKSPACE // (4 * M * step)) * step
+    columns = max(1, WORKSPACE // (of_column * step)) * step
     return [(first, min(first + columns, end)) for first in range(begin, end, columns)]
 
 
@@ -384,7 +388,7 @@ def _add_head_grads(
     _, width = steps.width(scored)
     folded = None if grads.weight is None else _fold(scored, coefficients)
     unit = scored.state.new_empty(M if grads.hidden is not None else 0, D)
-    for begin, end in _strips(0, kept, M, width, in_memory=False) + _strips(kept, V, M, width, in_memory=True):
+    for begin, end in _strips(scored, 0, kept, width, False) + _strips(scored, kept, V, width, True):
         own = exponentials[:, begin:end]
         if begin >= kept:
             own = scored.room(end - begin, scored.hidden.dtype)

@@ -69,7 +69,7 @@ class _Triton:
     ) -> None:
         M, V = products.shape
         tiles = _tiles("epilogue", scored)
-        kernels.epilogue[(_blocks(V, tiles["BLOCK_V"]), _blocks(M, tiles["BLOCK_M"]))](
+        kernels.epilogue[(_blocks(M, tiles["BLOCK_M"]), _blocks(V, tiles["BLOCK_V"]))](
             products,
             products.stride(0),
             first_tile,

@@ -157,14 +157,14 @@ def epilogue(
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Of products that a vendor's kernel has made."""
-    begin_v = tl.program_id(0) * BLOCK_V
+    begin_v = tl.program_id(1) * BLOCK_V
     offs_v = begin_v + tl.arange(0, BLOCK_V)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # more than a grid's second axis has
     mask_m = offs_m < M
     pointers = products_ptr + offs_m.to(tl.int64)[:, None] * stride_p + offs_v[None, :]
     products = tl.load(pointers, mask=mask_m[:, None] & (offs_v < V)[None, :], other=0.0)
     _finish(
-        products, offs_m, mask_m, begin_v, first_tile + tl.program_id(0),
+        products, offs_m, mask_m, begin_v, first_tile + tl.program_id(1),
         state_ptr, targets_ptr, bias_ptr, exponentials_ptr, stride_e, partials_ptr, tiles, first_v, M, V,
         logit_scale, softcap, BLOCK_V,
     )  # fmt: skip
