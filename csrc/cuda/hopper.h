@@ -214,8 +214,8 @@ __device__ __forceinline__ void finish_products(float (&accumulators)[COUNT]) {
 #define LATRO_PRODUCT_64_256_16(TYPE)                                                                     \
   asm volatile(                                                                                           \
       "{\n"                                                                                               \
-      ".reg .pred add;\n"                                                                                 \
-      "setp.ne.b32 add, %130, 0;\n"                                                                       \
+      ".reg .pred accumulate;\n"                                                                          \
+      "setp.ne.b32 accumulate, %130, 0;\n"                                                                \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                        \
       " {"                                                                                                \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
@@ -226,7 +226,7 @@ __device__ __forceinline__ void finish_products(float (&accumulators)[COUNT]) {
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                  \
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "      \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-      "%128, %129, add, 1, 1, 0, 0;\n"                                                                    \
+      "%128, %129, accumulate, 1, 1, 0, 0;\n"                                                             \
       "}"                                                                                                 \
       : LATRO_FLOATS(sums, 0), LATRO_FLOATS(sums, 16), LATRO_FLOATS(sums, 32), LATRO_FLOATS(sums, 48),    \
         LATRO_FLOATS(sums, 64), LATRO_FLOATS(sums, 80), LATRO_FLOATS(sums, 96), LATRO_FLOATS(sums, 112)   \

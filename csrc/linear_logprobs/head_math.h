@@ -86,10 +86,10 @@ HOST_DEVICE inline Factor factor_of(double exact) {
 HOST_DEVICE inline Scale scale_of(float temperature, float logit_scale, float softcap) {
   constexpr double LOG2_E = 1.4426950408889634;
   if (softcap > 0) {
-    const Factor cap = factor_of(softcap / temperature * LOG2_E);
+    const Factor cap = factor_of(LOG2_E * softcap / temperature);
     return {logit_scale / softcap, cap.rounded, cap.rest};
   }
-  const Factor rate = factor_of(logit_scale / temperature * LOG2_E);
+  const Factor rate = factor_of(LOG2_E * logit_scale / temperature);
   return {rate.rounded, 0, rate.rest};
 }
 

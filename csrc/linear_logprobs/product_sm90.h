@@ -211,15 +211,22 @@ __device__ __forceinline__ float argument_of(float product, Scale scale) {
   return SOFTCAP && argument < LOWEST ? LOWEST : argument;
 }
 
-// Without a softcap the argument it is: Scale::rest is 2^-23 of a logit, of operands that have 8 or 11 bits.
-template <bool SOFTCAP>
-__device__ __forceinline__ float logit_of_argument(float argument, Scale scale) {
-  return SOFTCAP && argument > -INFINITY ? logit_of<true>(argument, {1, scale.cap, scale.rest}) : argument;
-}
+struct Logit {
+  float value;
+  float slope;  // of the softcap
+};
 
+// Both from one exponential: tanh is off by 2^-24, where operands have 8 or 11 bits. For those Scale::rest is left out.
 template <bool SOFTCAP>
-__device__ __forceinline__ float slope_of_argument(float argument, Scale scale) {
-  return SOFTCAP ? slope_of(argument, {1, scale.cap, scale.rest}) : 1;
+__device__ __forceinline__ Logit logit_of_argument(float argument, Scale scale) {
+  if (!SOFTCAP) {
+    return {argument, 1};
+  }
+  constexpr float BITS = -2.885390081777927f;  // -2 log2 e
+  const float decay = fast_exp2(BITS * std::fabs(argument));
+  const float share = fast_reciprocal(1 + decay);
+  const float tanh = std::copysign((1 - decay) * share, argument);
+  return {argument == -INFINITY ? argument : scale.cap * tanh, 4 * decay * share * share};
 }
 
 constexpr int QUAD = 4;  // lanes that hold a row: 2 of every 8 columns each
@@ -322,8 +329,9 @@ __device__ __forceinline__ void finish_row(float (&sums)[SUMS], const Row& row, 
       }
     }
     if (STATISTICS && has_target) {
-      out.state[LOGIT * out.M + row.m] = logit_of_argument<SOFTCAP>(of_target, scale);
-      out.state[SLOPE * out.M + row.m] = slope_of_argument<SOFTCAP>(of_target, scale);
+      const Logit logit = logit_of_argument<SOFTCAP>(of_target, scale);
+      out.state[LOGIT * out.M + row.m] = logit.value;
+      out.state[SLOPE * out.M + row.m] = logit.slope;
     }
   }
 
@@ -334,7 +342,7 @@ __device__ __forceinline__ void finish_row(float (&sums)[SUMS], const Row& row, 
     for (int j = 0; j < EIGHTS; ++j) {
       highest = fmaxf(highest, fmaxf(arguments[j][0], arguments[j][1]));
     }
-    highest = logit_of_argument<SOFTCAP>(quad_max(highest), scale);
+    highest = logit_of_argument<SOFTCAP>(quad_max(highest), scale).value;
     offset += steps(highest, offset, row.guessed != 0);
   }
 
@@ -346,13 +354,13 @@ __device__ __forceinline__ void finish_row(float (&sums)[SUMS], const Row& row, 
     float entries[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const float logit = logit_of_argument<SOFTCAP>(arguments[j][c], scale);
-      const float exponential = fast_exp2(logit - offset);
+      const Logit logit = logit_of_argument<SOFTCAP>(arguments[j][c], scale);
+      const float exponential = fast_exp2(logit.value - offset);
       if (STATISTICS) {
         sum += exponential;
-        moment += moment_of(exponential, logit, highest);
+        moment += moment_of(exponential, logit.value, highest);
       }
-      entries[c] = exponential * slope_of_argument<SOFTCAP>(arguments[j][c], scale);
+      entries[c] = exponential * logit.slope;
     }
     words[j] = hopper::rounded_pair<T>(entries[0], entries[1]);
   }
