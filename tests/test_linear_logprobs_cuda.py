@@ -118,6 +118,7 @@ def test_combine(M, tiles, headroom, ops):
     """From tiles of four logits each, some of them far above the guess."""
     logits = normal(M, tiles, 4).double() * 3
     logits[::3, tiles // 2] += 100
+    logits[1::3, tiles // 3] += 300  # 2^-300 is 0 in float32
     own, slope = normal(M, seed=1), normal(M, seed=2).sigmoid()
     state = new_state(M, GUESS=own.round(), GUESSED=1, LOGIT=own, SLOPE=slope)
     guess = own.round().double()
