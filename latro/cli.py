@@ -48,8 +48,9 @@ class RunOptions:
     model: str | None = _option(None, "a folder or a name of the hub")
     dataset: str | None = _option(
         None,
-        "gsm8k, arc, a file of JSON lines (prompt and completion, or question and answer), "
-        "or a name of the hub; gsm8k and arc are read from the folder LATRO_DATA if it is set",
+        "gsm8k, arc, csqa, hellaswag, math, svamp, humaneval, mbpp, a small task such as chain(steps=5), "
+        "a file of JSON lines (prompt and completion, or question and answer), or a name of the hub; "
+        "gsm8k and the others of its kind are read from the folder LATRO_DATA if it is set",
     )
     split: str = _option("train", "of the data set")
     prompt_template: str | None = _option(None, "with {question}, and {options} for arc; the paper's by default")
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data(parser: argparse.ArgumentParser, split: str, limit: int | None) -> None:
     defaults = LatroConfig.__dataclass_fields__
-    parser.add_argument("--dataset", required=True, help="gsm8k, arc, a file of JSON lines, or a name of the hub")
+    parser.add_argument("--dataset", required=True, help="as of latro train")
     parser.add_argument("--split", default=split, help=f"of the data set [{split}]")
     parser.add_argument("--limit", type=int, default=limit, help=f"questions at most [{limit or 'all'}]")
     parser.add_argument("--prompt_template", help="with {question}, and {options} for arc; the paper's by default")

@@ -1,16 +1,25 @@
 """What a completion answers, and whether that is right: text in, text out.
 
-For GSM8K the rules of lm-eval and of LaTRO's authors, for options LaTRO's containment beside an exact one, and for any
-other answer what stands behind the answer's template.
+For GSM8K the rules of lm-eval and of LaTRO's authors, for options LaTRO's containment beside an exact one, for MATH the
+answers' meaning, for code its tests, and for any other answer what stands behind the answer's template.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+
+from latro import sandbox
+from latro.data import Example
+from latro.latex import boxed, normal
+
+# Must be 1 for code that models write to be run at all.
+RUN_CODE = "LATRO_RUN_CODE"
 
 
 @dataclass(frozen=True)
@@ -25,19 +34,30 @@ class Grader:
         return extracted is not None and self.equal(extracted, answer)
 
 
-def graders_for(dataset: str, answer_template: str, *, options: bool = False) -> tuple[Grader, ...]:
+def graders_for(
+    dataset: str, answer_template: str, *, options: bool = False, examples: Sequence[Example] = ()
+) -> tuple[Grader, ...]:
     """The graders of a data set, the primary one first: its accuracy is `accuracy`, every other's `accuracy/NAME`.
 
     gsm8k: `flexible` is primary, for it is lm-eval's rule that the literature quotes, and asks for no template, which
     a model before training does not know. `latro` is the rule of LaTRO's authors; `strict` and `cot` are lm-eval's.
+    svamp: `latro` is primary, for these numbers have decimals.
+    math: by `latro.latex.normal`, of the last box, or else behind the template.
     options: `exact` is primary, for LaTRO's `containment` takes an answer that names all options for right.
+    humaneval, mbpp: by running the code against the tests of `examples`; see `code_grader`.
     """
     if answer_template.count("{answer}") != 1:
         raise ValueError(f"answer_template must hold {{answer}} once, got {answer_template!r}")
     prefix, suffix = answer_template.split("{answer}")
     if dataset == "gsm8k":
         return GSM8K
-    if dataset == "arc" or options:
+    if dataset == "svamp":
+        return (GSM8K[1], GSM8K[0])
+    if dataset == "math":
+        return (Grader("math", partial(_formula, prefix, suffix), lambda said, answer: said == normal(answer)),)
+    if dataset in ("humaneval", "mbpp") or any(example.harness for example in examples):
+        return (code_grader(examples, answer_template),)
+    if dataset in ("arc", "csqa", "hellaswag") or options:
         return (
             Grader("exact", partial(_option, prefix), _same_option),
             Grader("containment", partial(_containing, prefix), _contains),
@@ -104,11 +124,15 @@ APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)")
 
 
 def _behind_template(prefix: str, suffix: str, text: str, options: Sequence[str]) -> str | None:
+    return _plain(_within_template(prefix, suffix, text)) or None
+
+
+def _within_template(prefix: str, suffix: str, text: str) -> str:
     line = _line_behind(prefix, text)
     suffix = suffix.strip()
     # A full stop may stand within an answer; behind one, white space follows.
     end = re.escape(suffix) + (r"(?!\S)" if suffix in set(".,;:!?") else "")
-    return _plain(re.split(end, line, maxsplit=1)[0] if suffix else line) or None
+    return re.split(end, line, maxsplit=1)[0] if suffix else line
 
 
 def _line_behind(prefix: str, text: str) -> str:
@@ -202,3 +226,59 @@ def _containing(prefix: str, text: str, options: Sequence[str]) -> str | None:
 
 def _contains(said: str, answer: str) -> bool:
     return answer.lower().strip().rstrip(".") in said
+
+
+# Formulas
+
+
+def _formula(prefix: str, suffix: str, text: str, options: Sequence[str]) -> str | None:
+    """In the form that equal answers share, so that they vote together."""
+    return normal(boxed(text) or _within_template(prefix, suffix, text)) or None
+
+
+# Code
+
+
+def code_grader(
+    examples: Sequence[Example], answer_template: str = "{answer}", limits: sandbox.Limits | None = None
+) -> Grader:
+    """Whether code passes the tests of the example whose answer is the right one.
+
+    This runs what a model wrote, within the limits of `latro.sandbox`, and only where the environment says
+    LATRO_RUN_CODE=1. What is run is a completion's last block of ```, or else what stands behind the template's
+    beginning, or else all of it.
+    """
+    if os.environ.get(RUN_CODE) != "1":
+        raise ValueError(
+            f"code_grader: code that a model wrote is run only where {RUN_CODE}=1, got {os.environ.get(RUN_CODE)!r}; "
+            "latro/sandbox.py says what it is kept from"
+        )
+    harnesses: dict[str, set[tuple[str, str]]] = {}
+    for example in examples:
+        if example.harness is None:
+            raise ValueError(f"code_grader: examples must have a harness, got none for {example.id!r}")
+        harnesses.setdefault(example.answer, set()).add(example.harness)  # equal answers pass each other's tests
+    if not harnesses:
+        raise ValueError("code_grader: examples must be those that are graded, for they have the tests, got none")
+    if sandbox.unguarded():
+        warnings.warn(
+            f"this system does not keep code that a model wrote from {', '.join(sandbox.unguarded())}", stacklevel=2
+        )
+
+    def passes(said: str, answer: str) -> bool:
+        if answer not in harnesses:
+            raise ValueError(f"code_grader: the answer must be one of its examples', got {answer[:60]!r}")
+        programs = (f"{before}{said}\n{tests}" for before, tests in harnesses[answer])
+        return all(sandbox.run(program, limits).passed for program in programs)
+
+    return Grader("tests", partial(_code, answer_template.partition("{answer}")[0]), passes)
+
+
+BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def _code(prefix: str, text: str, options: Sequence[str]) -> str | None:
+    """As it is indented, for it may go on inside a function."""
+    blocks = BLOCK.findall(text)
+    code = blocks[-1] if blocks else text.rpartition(prefix)[2] if prefix else text
+    return code.rstrip() or None

@@ -58,7 +58,7 @@ def train(run: Any, config: LatroConfig) -> None:
         examples,
         held_out,
         tokenizer,
-        graders=graders_for(run.dataset, config.answer_template, options=bool(examples[0].options)),
+        graders=graders_for(run.dataset, config.answer_template, options=bool(examples[0].options), examples=examples),
     )
     if trainer.is_world_process_zero():
         RunLog(folder).describe(
@@ -123,7 +123,9 @@ def _evaluate(name: str, examples: Sequence[data.Example], known: argparse.Names
             model,
             _text(tokenizer, known),
             examples,
-            graders=graders_for(known.dataset, known.answer_template, options=bool(examples[0].options)),
+            graders=graders_for(
+                known.dataset, known.answer_template, options=bool(examples[0].options), examples=examples
+            ),
             max_tokens=known.max_completion_length,
             majority=known.majority,
             temperature=known.temperature,

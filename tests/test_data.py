@@ -52,6 +52,148 @@ def test_arc(invented):
     )
 
 
+# Rows as the hub has them.
+CSQA = {
+    "id": "075e483d21c29a511267ef62bedc0461",
+    "question": "Where do you keep a key?",
+    "question_concept": "key",
+    "choices": {"label": ["A", "B", "C", "D", "E"], "text": ["moon", "pocket", "river", "egg", "cloud"]},
+    "answerKey": "B",
+}
+HELLASWAG = {
+    "ind": 4,
+    "activity_label": "Washing a dog",
+    "ctx_a": "[header] How to wash a dog [title] Prepare. [step] Fill a tub.",
+    "ctx_b": "then",
+    "ctx": "[header] How to wash a dog [title] Prepare. [step] Fill a tub. then",
+    "endings": ["fly away.", "put the dog in. [substeps] Be  kind.", "eat soap.", "paint it."],
+    "source_id": "wikihow~1",
+    "split": "train",
+    "split_type": "indomain",
+    "label": "1",
+}
+MATH = {
+    "problem": "What is $\\frac{1}{4}+\\frac{1}{4}$?",
+    "level": "Level 1",
+    "type": "Algebra",
+    "solution": "Two quarters, not $\\boxed{1}$, are $\\boxed{\\frac{1}{2}}$.",
+}
+SVAMP = {
+    "ID": "chal-777",
+    "Body": "Ann had 8 pens and lost 5 of them",
+    "Question": "How many has she now?",
+    "Equation": "( 8.0 - 5.0 )",
+    "Answer": "3.0",
+    "Type": "Subtraction",
+    "question_concat": "Ann had 8 pens and lost 5 of them. How many has she now?",
+}
+HUMANEVAL = {
+    "task_id": "HumanEval/900",
+    "prompt": 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ The sum.\n    """\n',
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n",
+    "entry_point": "total",
+}
+MBPP = {
+    "task_id": 900,
+    "text": "Write a function to double a number.",
+    "code": "def double(x):\r\n    return 2 * x",
+    "test_list": ["assert double(1) == 2", "assert double(-2) == -4"],
+    "test_setup_code": "",
+    "challenge_test_list": [],
+}
+SANITIZED = {
+    "source_file": "Benchmark Questions Verification V2.ipynb",
+    "task_id": 901,
+    "prompt": "Write a function to double a number.",
+    "code": "def double(x):\n    return 2 * x",
+    "test_imports": ["import math"],
+    "test_list": ["assert math.isclose(double(1.0), 2.0)"],
+}
+
+
+@pytest.fixture
+def row(monkeypatch, tmp_path):
+    def loaded(name, *rows, split="train"):
+        monkeypatch.setenv("LATRO_DATA", str(tmp_path))
+        (tmp_path / f"{name}_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return load(name, split)[0]
+
+    return loaded
+
+
+def test_csqa(row):
+    example = row("csqa", CSQA)
+    assert (example.id, example.answer) == (CSQA["id"], "pocket")
+    assert example.options == ("moon", "pocket", "river", "egg", "cloud")
+    assert example.prompt.startswith("Question: Where do you keep a key? Options: ['moon', 'pocket',")
+    with pytest.raises(DataError, match="answerKey must be a text that is not empty, got ''"):
+        row("csqa", {**CSQA, "answerKey": ""})  # the test split
+
+
+@pytest.mark.parametrize("label", ["1", 1])
+def test_hellaswag(row, label):
+    example = row("hellaswag", {**HELLASWAG, "label": label})
+    assert (example.id, example.answer) == ("4", "put the dog in. Be kind.")
+    assert example.options == ("fly away.", "put the dog in. Be kind.", "eat soap.", "paint it.")
+    assert example.prompt.startswith(
+        "How does this go on? Washing a dog: How to wash a dog. Prepare. Fill a tub. then Options: ['fly away.', "
+    )
+
+
+@pytest.mark.parametrize("label", ["", "4", None])
+def test_hellaswag_without_a_label(row, label):
+    with pytest.raises(DataError, match=r"label must number one of the 4 endings, got .*; the test split has none"):
+        row("hellaswag", {**HELLASWAG, "label": label})
+
+
+def test_math(row):
+    example = row("math", MATH)
+    assert example.prompt == MATH["problem"] + " Let's think step by step."
+    assert (example.answer, example.rationale) == (r"\frac{1}{2}", MATH["solution"])
+    with pytest.raises(DataError, match=r"solution must have its answer in \\boxed\{\}, got 'It is 5.'"):
+        row("math", {**MATH, "solution": "It is 5."})
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"), [("3.0", "3"), (3.0, "3"), ("0.5", "0.5"), ("1500.0", "1500"), (-2, "-2")]
+)
+def test_svamp(row, given, answer):
+    example = row("svamp", {**SVAMP, "Answer": given})
+    assert (example.id, example.answer, example.rationale) == ("chal-777", answer, "( 8.0 - 5.0 )")
+    assert example.prompt == SVAMP["question_concat"] + " Let's think step by step."
+
+
+@pytest.mark.parametrize("given", ["", "three", None])
+def test_svamp_without_a_number(row, given):
+    with pytest.raises(DataError, match="Answer must be a number"):
+        row("svamp", {**SVAMP, "Answer": given})
+
+
+def test_humaneval(row):
+    example = row("humaneval", HUMANEVAL, split="test")
+    assert example.id == "HumanEval/900"
+    assert example.answer == (HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]).strip()
+    assert HUMANEVAL["prompt"].strip() in example.prompt
+    before, after = example.harness
+    assert before == HUMANEVAL["prompt"]
+    assert after == HUMANEVAL["test"] + "\n\ncheck(total)\n"
+    with pytest.raises(DataError, match="entry_point must be a text"):
+        row("humaneval", {**HUMANEVAL, "entry_point": None})
+
+
+def test_mbpp(row):
+    example = row("mbpp", MBPP)
+    assert (example.id, example.answer) == ("900", "def double(x):\n    return 2 * x")
+    assert example.prompt.startswith("Write a function to double a number. It must pass:\nassert double(1) == 2\n")
+    assert example.harness == ("\n", "assert double(1) == 2\nassert double(-2) == -4\n")
+    sanitized = row("mbpp", SANITIZED)
+    assert sanitized.prompt.startswith("Write a function to double a number. It must pass:")
+    assert sanitized.harness[0] == "import math\n"
+    with pytest.raises(DataError, match="test_list must be a list"):
+        row("mbpp", {**MBPP, "test_list": []})
+
+
 def test_templates(invented):
     assert load("gsm8k", prompt_template="Q: {question}\nA:")[0].prompt == f"Q: {GSM8K['question']}\nA:"
     with pytest.raises(ValueError, match=r"prompt_template must hold \{question\}"):

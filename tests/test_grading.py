@@ -2,7 +2,10 @@
 
 import pytest
 
-from latro.grading import graders_for, majority_answer
+from latro import grading
+from latro.data import Example
+from latro.grading import code_grader, graders_for, majority_answer
+from latro.sandbox import Limits
 
 TEMPLATE = "The answer is {answer}."
 GSM8K = {grader.name: grader for grader in graders_for("gsm8k", TEMPLATE)}
@@ -212,6 +215,154 @@ def test_primary_graders():
 def test_template_without_answer():
     with pytest.raises(ValueError, match=r"answer_template must hold \{answer\} once, got 'The answer'"):
         graders_for("gsm8k", "The answer")
+
+
+# --- MATH and SVAMP ---
+
+
+@pytest.mark.parametrize(
+    ("said", "extracted"),
+    [
+        (r"So $\boxed{\frac{1}{2}}$. The answer is 7.", "1/2"),
+        (r"\boxed{3} or rather \boxed{0.50}", "1/2"),
+        ("The answer is 0.5", "1/2"),
+        ("The answer is 0.5. I am sure.", "1/2"),
+        (r"The answer is $\frac12$.", "1/2"),
+        ("The answer is (2, 1).", "(2,1)"),
+        ("It is 0.5.", None),
+        ("", None),
+    ],
+)
+def test_formulas(said, extracted):
+    (grader,) = graders_for("math", TEMPLATE)
+    assert grader.extract(said, ()) == extracted
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        (r"\dfrac{2}{4}", r"\frac{1}{2}", True),
+        ("0.5", r"\frac{1}{2}", True),
+        ("10,000", r"10,\!000", True),
+        (r"x = 5", "5", True),
+        (r"-\frac{1}{2}", r"\frac{1}{2}", False),
+        ("0.33", r"\frac{1}{3}", False),
+        ("(1, 2)", "(2, 1)", False),
+        (r"5\text{ cm}", "5", True),
+    ],
+)
+def test_right_formulas(said, answer, right):
+    (grader,) = graders_for("math", TEMPLATE)
+    assert graded(grader, rf"So $\boxed{{{said}}}$.", answer)[1] is right
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        ("8 - 5 = 3. The answer is 3.", "3", True),
+        ("The answer is 3.0", "3", True),
+        ("The answer is 0.5.", "0.5", True),
+        ("The answer is $1,500.", "1500", True),
+        ("The answer is -3.", "3", False),
+        ("The answer is three.", "3", False),
+    ],
+)
+def test_svamp(said, answer, right):
+    graders = graders_for("svamp", TEMPLATE)
+    assert [grader.name for grader in graders] == ["latro", "flexible"]
+    assert graded(graders[0], said, answer)[1] is right
+
+
+@pytest.mark.parametrize("dataset", ["csqa", "hellaswag"])
+def test_options_of_other_data_sets(dataset):
+    assert [grader.name for grader in graders_for(dataset, TEMPLATE)] == ["exact", "containment"]
+
+
+# --- Code ---
+
+BEGUN = 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ The sum.\n    """\n'
+CHECK = "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n\ncheck(total)\n"
+TOTAL = Example("HumanEval/900", "?", BEGUN + "    return sum(xs)", harness=(BEGUN, CHECK))
+DOUBLE = Example("901", "?", "def double(x):\n    return 2 * x", harness=("import math\n", "assert double(1) == 2\n"))
+FENCED = "```python\n{answer}\n```"
+
+
+@pytest.fixture
+def may_run(monkeypatch):
+    monkeypatch.setenv("LATRO_RUN_CODE", "1")
+
+
+@pytest.mark.parametrize("value", [None, "0", "true"])
+def test_code_is_run_only_on_request(monkeypatch, value):
+    monkeypatch.delenv("LATRO_RUN_CODE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LATRO_RUN_CODE", value)
+    for graders in (lambda: code_grader([TOTAL]), lambda: graders_for("humaneval", FENCED, examples=[TOTAL])):
+        with pytest.raises(ValueError, match=r"run only where LATRO_RUN_CODE=1, got .*; latro/sandbox\.py says"):
+            graders()
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```", True),
+        (
+            "First\n```python\ndef total(xs):\n    return 0\n```\nbut better\n"
+            "```\ndef total(xs):\n    return sum(xs)\n```",
+            True,
+        ),
+        ("```py\ndef total(xs):\n    s = 0\n    for x in xs:\n        s += x\n    return s", True),  # cut off behind it
+        ("    return sum(xs)", True),  # goes on where the prompt ended
+        ("    return sum(xs) + 0 * len(xs)\n", True),
+        ("```python\ndef total(xs):\n    return 3\n```", False),
+        ("```python\ndef add(xs):\n    return sum(xs)\n```", False),  # the beginning alone gives None
+        ("```python\nimport sys\nsys.exit(0)\n```", False),
+        ("```python\nimport os\nos._exit(0)\n```", False),
+        ("```python\ndef total(xs):\n    while True: pass\n```", False),
+        ("I cannot say.", False),
+        ("", False),
+    ],
+)
+def test_code(may_run, said, right):
+    grader = code_grader([TOTAL, DOUBLE], FENCED, Limits(seconds=2))
+    assert grader.is_right(grader.extract(said, ()), TOTAL.answer) is right
+
+
+def test_right_answers_are_right_code(may_run):
+    for dataset in ("humaneval", "mbpp", "some.jsonl"):
+        (grader,) = graders_for(dataset, FENCED, examples=[TOTAL, DOUBLE])
+        assert grader.name == "tests"
+        for example in (TOTAL, DOUBLE):
+            said = "Sum them up.\n" + FENCED.format(answer=example.answer)
+            assert grader.is_right(grader.extract(said, ()), example.answer)
+    assert not grader.is_right(TOTAL.answer, DOUBLE.answer)
+
+
+def test_code_behind_a_template(may_run):
+    grader = code_grader([DOUBLE], "CODE: {answer}")
+    assert grader.extract("Think.\nCODE: def double(x):\n    return x + x\n", ()) == "def double(x):\n    return x + x"
+
+
+def test_equal_code_passes_all_of_its_tests(may_run):
+    other = Example("902", "?", DOUBLE.answer, harness=("", "assert double(2) == 4\n"))
+    grader = code_grader([DOUBLE, other])
+    assert grader.is_right("def double(x): return x + x", DOUBLE.answer)
+    assert not grader.is_right("def double(x): return x + 1", DOUBLE.answer)
+
+
+def test_code_that_has_no_tests(may_run):
+    with pytest.raises(ValueError, match="examples must be those that are graded, for they have the tests, got none"):
+        graders_for("humaneval", FENCED)
+    with pytest.raises(ValueError, match="examples must have a harness, got none for 'x'"):
+        code_grader([Example("x", "?", "1")])
+    with pytest.raises(ValueError, match="the answer must be one of its examples', got 'def f'"):
+        code_grader([DOUBLE]).is_right("x = 1", "def f")
+
+
+def test_a_system_without_guards_warns(may_run, monkeypatch):
+    monkeypatch.setattr(grading.sandbox, "unguarded", lambda: ("files", "network"))
+    with pytest.warns(UserWarning, match="does not keep code that a model wrote from files, network"):
+        code_grader([DOUBLE])
 
 
 # --- Majority ---
