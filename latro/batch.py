@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,19 +16,27 @@ from latro_kernels import PrefixTree, ScoredTokens, pack_rationales
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its K rationales."""
+    """A prompt with its rationales, and what an objective needs of them."""
 
     example: Example
     prompt: list[int]
     samples: list[Sample]
     rationales: list[Rationale]
     answers: list[list[int]]  # the tokens of the answer behind each rationale
+    wrong: list[list[list[int]]] = field(default_factory=list)  # likewise, of the other options
+    correct: list[bool] = field(default_factory=list)  # whether each one's own answer was right
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # of rationales
 
     @staticmethod
     def of(text: Text, example: Example, samples: list[Sample]) -> Group:
         rationales = [text.rationale(sample.tokens) for sample in samples]
         answers = [text.answer(rationale, example.answer) for rationale in rationales]
         return Group(example, text.prompt(example.prompt), samples, rationales, answers)
+
+    def count(self, what: str) -> int:
+        """Of what an objective averages over."""
+        counts = {"rationales": len(self.samples), "prompts": 1, "correct": sum(self.correct), "pairs": len(self.pairs)}
+        return counts[what]
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,9 @@ class Batch:
     scored: ScoredTokens
     rewards: dict[str, Tensor]  # [R], what each reward function gives
     truncated: Tensor  # [R], whether a rationale was cut off
-    denominator: int  # rationales of the update, over all micro-batches and processes
+    correct: Tensor  # [R], whether its own answer was right; empty where nobody asked
+    pairs: Tensor  # [P, 2], rows of rationales
+    denominator: int  # what the update's loss is averaged over: of all micro-batches and processes
 
     @staticmethod
     def of(
@@ -50,14 +60,17 @@ class Batch:
         *,
         score_end: bool,
         device: torch.device,
+        baseline: bool = False,
     ) -> Batch:
-        """score_end: score the token by which a rationale ended itself with it."""
+        """score_end: score the token by which a rationale ended itself with it. baseline: also score the answer without
+        a rationale; a prompt's answers must then all be the same."""
         samples = [sample for group in groups for sample in group.samples]
         tree, scored = pack_rationales(
             [group.prompt for group in groups],
             [[rationale.tokens for rationale in group.rationales] for group in groups],
-            [[[answer] for answer in group.answers] for group in groups],
+            [group.answers[0] for group in groups] if baseline else [_options(group) for group in groups],
             ends=[[sample.end for sample in group.samples] for group in groups] if score_end else None,
+            baseline=baseline,
         )
         return Batch(
             groups,
@@ -65,13 +78,29 @@ class Batch:
             scored.to(device),
             {name: values.to(device) for name, values in rewards.items()},
             torch.tensor([sample.ended_by == "length" for sample in samples], device=device),
+            torch.tensor([right for group in groups for right in group.correct], dtype=torch.bool, device=device),
+            _pairs(groups).to(device),
             denominator,
         )
 
     def extras(self) -> dict[str, Tensor]:
         """What the objective is given."""
         bonus = {"bonus": torch.stack(list(self.rewards.values())).sum(0)} if self.rewards else {}
-        return {"truncated": self.truncated, **bonus}
+        return {"truncated": self.truncated, "correct": self.correct, "pairs": self.pairs, **bonus}
+
+
+def _options(group: Group) -> list[list[list[int]]]:
+    """Behind each rationale the right answer, then the wrong ones."""
+    wrong = group.wrong or [[] for _ in group.answers]
+    return [[answer, *others] for answer, others in zip(group.answers, wrong, strict=True)]
+
+
+def _pairs(groups: Sequence[Group]) -> Tensor:
+    first, pairs = 0, []
+    for group in groups:
+        pairs += [(first + one, first + other) for one, other in group.pairs]
+        first += len(group.samples)
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
 def split(groups: Sequence[Group], sizes: Sequence[int]) -> list[list[Group]]:

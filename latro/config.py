@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -13,6 +13,18 @@ from latro.objectives import OBJECTIVES
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"answer_weight": 1.0, "truncation_penalty": 1.0, "truncation_reward": "subtract"},
     "code": {"answer_weight": 0.0, "truncation_penalty": 2.0, "truncation_reward": "mean"},
+}
+
+# Options that are an objective's: by what name it has them, if it does.
+OBJECTIVE_OPTIONS = {
+    "beta": "beta",
+    "answer_weight": "answer_weight",
+    "reward_floor": "floor",
+    "reward_clip_range": "clip",
+    "normalize_advantages": "scale",
+    "truncation_penalty": "truncation_penalty",
+    "truncation_reward": "truncation_reward",
+    "mask_truncated_completions": "mask_truncated",
 }
 
 
@@ -27,7 +39,8 @@ class LatroConfig(TrainingArguments):
     """TrainingArguments of transformers, and LaTRO's.
 
     A batch is made of prompts: `per_device_train_batch_size` counts them, and each has `num_generations` rationales,
-    all of which stay in one micro-batch. Options that are None here are the preset's, or its default's.
+    all of which stay in one micro-batch. Options that are None here are the preset's or the objective's, and stay None
+    where the objective has none of that name.
     """
 
     learning_rate: float = _option(1e-6, "of AdamW; the paper has 5e-7")
@@ -48,14 +61,22 @@ class LatroConfig(TrainingArguments):
 
     objective: str = _option("latro", f"what a step ascends: {', '.join(OBJECTIVES)}")
     preset: str = _option("paper", "paper or code: LaTRO as published, or as its authors' code has it")
-    beta: float = _option(0.05, "weight of KL(policy, reference) in the reward; 0: no reference model is kept")
+    beta: float | None = _option(
+        None,
+        "weight of KL(policy, reference) in the reward, 0.05 for latro, or of the log-ratio for dpo, 0.1; "
+        "0: no reference model is kept",
+    )
     answer_weight: float | None = _option(None, "weight of log p(answer | prompt, rationale) itself in the loss")
     reward_floor: float | None = _option(
-        None, "log p(answer) counts as no less than this in the reward: about -2.5 keeps rationales from vanishing"
+        None,
+        "log p(answer), or what a rationale adds to it for gain, counts as no less than this in the reward: "
+        "about -2.5, or 0 for gain, keeps rationales from vanishing",
     )
     reward_clip_range: list[float] | None = _option(None, "lowest and highest reward, before the KL term")
     reward_weights: list[float] | None = _option(None, "one for each of reward_funcs; 1 by default")
-    normalize_advantages: str = _option("none", "divide advantages by the rewards' deviation in the group, or batch")
+    normalize_advantages: str | None = _option(
+        None, "divide advantages by the rewards' deviation in the group, or batch, or by none"
+    )
     mask_truncated_completions: bool = _option(False, "give no loss to rationales that were cut off")
     truncation_penalty: float | None = _option(None, "how a rationale that was cut off is punished")
     truncation_reward: str | None = _option(
@@ -76,16 +97,32 @@ class LatroConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
         if isinstance(self.normalize_advantages, bool):  # TRL's
             self.normalize_advantages = "batch" if self.normalize_advantages else "none"
+        self._complete()
         self._check()
         self.remove_unused_columns = False  # the collator hands examples on as they are
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+
+    def _complete(self) -> None:
+        """What was not given is the preset's, which is LaTRO's, or the objective's. Others are refused."""
+        preset = PRESETS[self.preset] if self.objective == "latro" else {}
+        own: Any = OBJECTIVES[self.objective]
+        defaults = {field.name: field.default for field in fields(own)}
+        for name, field_name in OBJECTIVE_OPTIONS.items():
+            given = getattr(self, name)
+            if field_name not in defaults:
+                if given is not None and given is not False:
+                    raise ValueError(f"{name} must not be given with objective {self.objective}, which has none")
+            elif given is None:
+                value = preset.get(name, defaults[field_name])
+                setattr(self, name, "none" if name == "normalize_advantages" and value is None else value)
+        if self.preset != "paper" and self.objective != "latro":
+            raise ValueError(f"preset must not be given with objective {self.objective}: it is latro's")
 
     def _check(self) -> None:
         updates = self.gradient_accumulation_steps
@@ -93,10 +130,13 @@ class LatroConfig(TrainingArguments):
             ("num_generations", self.num_generations >= 2, "at least 2: an advantage is over the other rationales"),
             ("max_completion_length", self.max_completion_length >= 1, "at least 1"),
             ("temperature", self.temperature > 0, "above 0: rationales are samples of the policy"),
-            ("beta", self.beta >= 0, "0 or more"),
-            ("normalize_advantages", self.normalize_advantages in ("none", "group", "batch"), "none, group or batch"),
-            ("truncation_reward", self.truncation_reward in ("subtract", "mean"), "subtract or mean"),
-            ("objective", self.objective in OBJECTIVES, f"one of {sorted(OBJECTIVES)}"),
+            ("beta", self.beta is None or self.beta >= 0, "0 or more"),
+            (
+                "normalize_advantages",
+                self.normalize_advantages in (None, "none", "group", "batch"),
+                "none, group or batch",
+            ),
+            ("truncation_reward", self.truncation_reward in (None, "subtract", "mean"), "subtract or mean"),
             ("reward_clip_range", _is_range(self.reward_clip_range), "two numbers, the lower one first"),
             ("completions_every", self.completions_every >= 1, "at least 1"),
             ("rollout_batch_size", self.rollout_batch_size >= 1, "at least 1"),

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.config import LatroConfig
+from latro.config import OBJECTIVE_OPTIONS, LatroConfig
 from latro.data import Example
 from latro.model import TreeModel
-from latro.objectives import OBJECTIVES, Latro
+from latro.objectives import OBJECTIVES, Objective
 from latro.rollout import Sampling
 from latro.text import Text, end_of_answer, end_tokens
 
 logger = logging.getLogger(__name__)
 
 
-def sampling_of(args: LatroConfig, text: Text, model: PreTrainedModel) -> Sampling:
+def sampling_of(args: LatroConfig, text: Text, model: PreTrainedModel, *, answers: bool = False) -> Sampling:
+    """answers: go on behind a stop string, up to the end of the model's own answer."""
     return Sampling(
         max_tokens=args.max_completion_length,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         ends=end_tokens(text.tokenizer, model.generation_config),
-        are_over=text.are_over,
+        are_over=(lambda rows: [False] * len(rows)) if answers else text.are_over,
     )
 
 
@@ -40,18 +40,15 @@ def text_of(args: LatroConfig, tokenizer: PreTrainedTokenizerBase) -> Text:
     )
 
 
-def objective_of(args: LatroConfig) -> Latro:
-    options: dict[str, Any] = {
-        "beta": args.beta,
-        "answer_weight": args.answer_weight,
-        "floor": args.reward_floor,
-        "clip": None if args.reward_clip_range is None else tuple(args.reward_clip_range),
-        "scale": None if args.normalize_advantages == "none" else args.normalize_advantages,
-        "truncation_penalty": args.truncation_penalty,
-        "truncation_reward": args.truncation_reward,
-        "mask_truncated": args.mask_truncated_completions,
-    }
-    return OBJECTIVES[args.objective](**options)
+def objective_of(args: LatroConfig) -> Objective:
+    """An option of None is not one that the objective has."""
+    options = {field: getattr(args, name) for name, field in OBJECTIVE_OPTIONS.items()}
+    if options["scale"] == "none":
+        options["scale"] = None
+    if options["clip"] is not None:
+        options["clip"] = tuple(options["clip"])
+    kind = OBJECTIVES[args.objective]
+    return kind(**{name: value for name, value in options.items() if name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
 
 
 def longest_path(model: PreTrainedModel) -> int | None:

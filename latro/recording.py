@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def figures(batch: Batch, out: SelfRewardLoss, sums: Sums, reward: Tensor, advan
         "reward": reward,
         "reward_std": deviation,
         "frac_reward_zero_std": deviation == 0,
+        **({"correct": batch.correct} if len(batch.correct) else {}),
         "advantage_std": group_deviation(advantage, batch.scored.prompt),
         "answer_logp": sums.answer,
         "kl": sums.kl,
@@ -47,8 +49,14 @@ def _sampling_difference(batch: Batch, logps: Tensor) -> Tensor:
     kind, segment = batch.scored.kind, batch.scored.segment
     per_segment = torch.bincount(segment, minlength=len(kind))[kind == RATIONALE].tolist()
     samples = [sample for group in batch.groups for sample in group.samples]
-    sampled = [logp for sample, count in zip(samples, per_segment, strict=True) for logp in sample.logps[:count]]
-    return (logps - torch.tensor(sampled, device=logps.device, dtype=logps.dtype)).abs()
+    # Golden rationales were not sampled, nor those of an older policy by this one.
+    sampled = [
+        logp
+        for sample, count in zip(samples, per_segment, strict=True)
+        for logp in (sample.logps[:count] if sample.logps else [math.nan] * count)
+    ]
+    difference = (logps - torch.tensor(sampled, device=logps.device, dtype=logps.dtype)).abs()
+    return difference[~difference.isnan()]
 
 
 def rationales(

@@ -30,10 +30,11 @@ from latro.evaluate import Evaluation, evaluate
 from latro.grading import Grader, graders_for
 from latro.metrics import Meter, RunLog
 from latro.model import TreeModel, verify_tree
-from latro.objectives import Latro, Sums
+from latro.objectives import Objective, PolicyGradient, Sums
 from latro.prepare import disable_dropout, frozen_copy, longest_path, objective_of, sampling_of, text_of, those_that_fit
 from latro.progress import Progress
 from latro.rollout import Engine, LocalEngine, Sample, sample_key
+from latro.supply import Supply
 from latro.watch import Watch, rationale_margin, refuse
 from latro_kernels import SelfRewardLoss
 
@@ -44,6 +45,10 @@ RewardFunction = Callable[..., Sequence[float]]
 
 def _as_it_is(examples: list[Example]) -> Any:
     return examples
+
+
+def _saved(group: Group) -> tuple[Any, ...]:
+    return group.example.id, [asdict(sample) for sample in group.samples], group.correct, group.pairs
 
 
 class LatroTrainer(WholeCheckpoints):
@@ -89,25 +94,31 @@ class LatroTrainer(WholeCheckpoints):
         tree_model = TreeModel(policy)
         verify_tree(tree_model)
         self.text = text_of(args, processing_class)
-        self.sampling = sampling_of(args, self.text, policy)
-        self.objective: Latro = objective_of(args)
+        self.objective: Objective = objective_of(args)
+        if reward_funcs and not isinstance(self.objective, PolicyGradient):
+            raise ValueError(f"LatroTrainer: objective {args.objective} has no reward to add reward_funcs to")
         self.reward_funcs = list(reward_funcs)
         self.graders = list(graders) or list(graders_for("", args.answer_template))
+        self.supply = Supply(self.text, self.objective, self.graders[0])
+        self.sampling = sampling_of(args, self.text, policy, answers=self.supply.grades)
         self.run_log, self.meter, self.watch = RunLog(Path(str(args.output_dir))), Meter(), Watch()
         self._update: list[Group] = []  # what the update is made of
         self._begun: tuple[int, list[list[Group]], Meter] = (-1, [], self.meter)  # as an update began
         self._ahead: list[list[Group]] = []  # micro-batches that are sampled, for later updates
         self._behind = 0  # micro-batches sampled before a resumption, that the data still has to pass by
+        train_examples = those_that_fit(as_examples(train_dataset), self.text, args, longest_path(policy))
+        self.supply.check(train_examples, args.max_completion_length)
         super().__init__(
             model=tree_model,
             args=args,
-            train_dataset=those_that_fit(as_examples(train_dataset), self.text, args, longest_path(policy)),
+            train_dataset=train_examples,
             eval_dataset=None if eval_dataset is None else as_examples(eval_dataset),
             processing_class=processing_class,
             data_collator=_as_it_is,
             **options,
         )
-        self.reference = None if args.beta == 0 or self.adapted else frozen_copy(policy).to(args.device)
+        refers = "reference" in self.objective.needs and not self.adapted
+        self.reference = frozen_copy(policy).to(args.device) if refers else None
         # Where parameters are sharded, each process samples and scores with a whole copy: were one to call the shards
         # more often than the others, it would wait for them.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -136,11 +147,11 @@ class LatroTrainer(WholeCheckpoints):
         parts, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
         self._begun = (self.state.global_step, parts, self.meter.copy())
         self._update = [group for part in parts for group in part]
-        if self.state.global_step == 0 and self._update:
+        if self.state.global_step == 0 and self._update and self.objective.samples:
             self.watch.margin(rationale_margin(TreeModel(self.local.model), self.text, self._update))
-        own = torch.tensor(sum(len(group.samples) for group in self._update), device=device)
-        R = int(self.accelerator.reduce(own, "sum"))
-        return [self.pack(part, R) for part in parts], None
+        own = torch.tensor(sum(group.count(self.objective.over) for group in self._update), device=device)
+        denominator = max(int(self.accelerator.reduce(own, "sum")), 1)
+        return [self.pack(part, denominator) for part in parts], None
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -149,7 +160,8 @@ class LatroTrainer(WholeCheckpoints):
         # log π0(z_k | x), of the frozen model
         ref_logps = self.reference_logps(inputs)
         # log π(z_k | x) and log π(y | x, z_k); r_k = log π(y | x, z_k) − β (log π(z_k | x) − log π0(z_k | x));
-        # A_k = r_k − mean of the others; loss = −1/R Σ_k A_k log π(z_k | x) + λ log π(y | x, z_k)
+        # A_k = r_k − mean of the others; loss = −1/R Σ_k A_k log π(z_k | x) + λ log π(y | x, z_k);
+        # or what another objective has in their place
         out = model(
             inputs.tree,
             inputs.scored,
@@ -168,17 +180,26 @@ class LatroTrainer(WholeCheckpoints):
     # What its lines are made of
 
     def rollouts(self, examples: Sequence[Example]) -> list[Group]:
+        if not self.objective.samples:
+            return [self.supply.group(example, []) for example in examples]
         self.engine.sync(self.model_wrapped)
         prompts = [self.text.prompt(example.prompt) for example in examples]
         step, K = self.state.global_step, self.args.num_generations
         keys = [[sample_key(self.args.seed, step, example.id, k) for k in range(K)] for example in examples]
         with self.compute_loss_context_manager(), Progress.bar(self, len(examples) * K, "sampling") as progress:
             sampled = self.engine.generate(prompts, keys, self.sampling, progress)
-        return [Group.of(self.text, *parts) for parts in zip(examples, sampled, strict=True)]
+        return [self.supply.group(*parts) for parts in zip(examples, sampled, strict=True)]
 
     def pack(self, groups: list[Group], denominator: int) -> Batch:
         rewards = self.rewards(groups)
-        return Batch.of(groups, rewards, denominator, score_end=self.args.score_end, device=self.args.device)
+        return Batch.of(
+            groups,
+            rewards,
+            denominator,
+            score_end=self.args.score_end,
+            device=self.args.device,
+            baseline="baseline" in self.objective.needs,
+        )
 
     def rewards(self, groups: list[Group]) -> dict[str, Tensor]:
         """What each of reward_funcs gives each rationale, by its weight."""
@@ -199,7 +220,7 @@ class LatroTrainer(WholeCheckpoints):
 
     @torch.no_grad()
     def reference_logps(self, batch: Batch) -> Tensor | None:
-        if self.args.beta == 0:
+        if "reference" not in self.objective.needs:
             return None
         if self.reference is not None:
             return self.reference.logprobs(batch.tree, batch.scored, temperature=self.args.temperature)
@@ -226,8 +247,8 @@ class LatroTrainer(WholeCheckpoints):
     # Figures
 
     def record(self, batch: Batch, out: SelfRewardLoss, ref_logps: Tensor | None) -> None:
-        sums = Sums.of(out.logps, batch.scored, ref_logps)
-        reward, advantage = self.objective.reward_and_advantage(sums, batch.scored, batch.extras())
+        sums = Sums(out.logps, batch.scored, ref_logps)
+        reward, advantage = self.objective.reward_and_advantage(sums, batch.extras())
         if not torch.isfinite(out.loss):
             found = {"reward": reward, "answer_logp": sums.answer, "rationale_logp": sums.rationale}
             self.stop("loss", out.loss.item(), batch.groups, found)
@@ -318,8 +339,9 @@ class LatroTrainer(WholeCheckpoints):
         """
         step, parts, meter = self._begun
         waiting, measured = (self._ahead, self.meter) if step < self.state.global_step else (parts + self._ahead, meter)
-        ahead = [[(g.example.id, [asdict(sample) for sample in g.samples]) for g in part] for part in waiting]
-        (checkpoint / self._own_file).write_text(json.dumps({"meter": measured.state(), "ahead": ahead}))
+        ahead = [[_saved(group) for group in part] for part in waiting]
+        saved = {"meter": measured.state(), "ahead": ahead, "states": self.supply.saved()}
+        (checkpoint / self._own_file).write_text(json.dumps(saved))
 
     def _restore(self, checkpoint: Path) -> None:
         path = checkpoint / self._own_file
@@ -328,8 +350,12 @@ class LatroTrainer(WholeCheckpoints):
         saved = json.loads(path.read_text())
         self.meter.restore(saved["meter"], self.args.device)
         examples = {example.id: example for example in self.train_dataset}
+        self.supply.restore(saved["states"])
         self._ahead = [
-            [Group.of(self.text, examples[id], [Sample(**sample) for sample in samples]) for id, samples in part]
+            [
+                self.supply.remake(examples[id], [Sample(**sample) for sample in samples], correct, pairs)
+                for id, samples, correct, pairs in part
+            ]
             for part in saved["ahead"]
         ]
         self._behind = len(self._ahead)
