@@ -1,5 +1,5 @@
-// Every CPU kernel as avx512_bf16 has it, compiled for whatever the compiler targets by default. For tests, so that it is
-// compiled fast: as the others are, it would take half of the time of an install.
+// Every CPU kernel as avx512_bf16 has it, compiled for whatever the compiler targets by default. For tests, so that it
+// is compiled fast: as the others are, it would take half of the time of an install.
 #ifndef __clang__
 #pragma GCC optimize("O1")
 #endif
