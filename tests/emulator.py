@@ -24,7 +24,7 @@ import torch
 from torch.utils import cpp_extension
 
 from latro_kernels import impl
-from latro_kernels.linear_logprobs import api, cuda
+from latro_kernels.linear_logprobs import api, cuda, native
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -107,7 +107,7 @@ def _run(command: list[str]) -> None:
 def use_as_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has impl="native" run the CUDA kernels of the linear head on CPU tensors."""
     monkeypatch.setattr(cuda, "OPS", build())
-    monkeypatch.setitem(api.BACKENDS, "native", cuda.linear_logprobs)
+    monkeypatch.setattr(native, "KERNELS", cuda.KERNELS)
     monkeypatch.setitem(api.KERNELS, "native", cuda.KERNELS)
     for operator in ("linear_logprobs", "fused_self_reward_loss"):
         monkeypatch.setitem(impl.DTYPES, (operator, "native", "cpu"), impl.HALF_AND_SINGLE)

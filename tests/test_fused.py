@@ -1,6 +1,5 @@
 """The fused loss in C++, CUDA and Triton: gradients made with the loss, some prompts at a time."""
 
-import gc
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -163,14 +162,14 @@ def test_a_small_budget_cuts_the_batch_between_prompts(parts, monkeypatch):
 
 def test_a_part_is_forgotten_before_the_next(backend, monkeypatch):
     """What is kept for one part's gradients is within the budget, and nothing else is kept beside it."""
+    if backend == "triton" and not CUDA:
+        pytest.skip("Triton's interpreter leaves arguments in cycles of references; its plan is that of cuda")
     forward = "latro_kernels::linear_logprobs" + ("" if backend == "native" else f"_{backend}")
     kept = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.name() == forward:
-                if backend == "triton":
-                    gc.collect()  # its interpreter leaves arguments in cycles of references
                 assert all(storage() is None for storage in kept)
             results = function(*args, **(kwargs or {}))
             if function.name() == forward:

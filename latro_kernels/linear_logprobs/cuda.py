@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import _native
-from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels._gpu import capability, tile_sizes
-from latro_kernels.linear_logprobs.head import head_of, score
 from latro_kernels.linear_logprobs.strips import Scored, register
 
 OPS: Any = torch.ops.latro_kernels
@@ -18,22 +16,6 @@ OPS: Any = torch.ops.latro_kernels
 # Columns of a tile of partials, as in csrc/linear_logprobs: head_kernels.h and product_sm90.h.
 EPILOGUE_WIDTH, PRODUCT_WIDTH = 1024, 256
 BYTES_AT_ONCE = 16  # which the copies of the fused product begin at multiples of
-
-
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    refuse_forward_mode("linear_logprobs")
-    logps, found = score(KERNELS, head_of(hidden, weight, rows, targets, bias, temperature, softcap, logit_scale))
-    return logps, found if entropy else None
 
 
 class _Cuda:
