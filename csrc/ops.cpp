@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(LATRO_NAMESPACE, m) {
   m.def("head_combine(Tensor partials, Tensor(a!) state, Tensor(b!) logps, Tensor(c!) entropy, bool headroom) -> ()");
   m.def(
       "head_settle(Tensor partials, int first_tile, int tiles, int width, Tensor(a!) state, "
-      "Tensor(b!)? exponentials, Tensor(c!)? unit) -> ()");
+      "Tensor(b!) exponentials, Tensor(c!)? unit) -> ()");
   m.def(
       "head_clear_targets(Tensor begins, Tensor ends, Tensor targets, Tensor state, int first_v, "
       "Tensor(a!) exponentials) -> ()");

@@ -87,9 +87,10 @@ void guess(
   const int64_t M = hidden.size(0);
   for_dtype(hidden, [&]<class T>(T) {
     for_flag(in_runs(hidden) && in_runs(weight), [&](auto wide) {
+      constexpr int WIDTH = wide ? RUN : 1;
       start(
-          hidden, grid(blocks(M, WARPS)), guess_kernel < T, wide ? RUN : 1 >, read<T>(hidden), read<T>(weight),
-          weight.stride(0), read<T>(bias), read<int64_t>(targets), write<float>(state), M, hidden.size(1),
+          hidden, grid(blocks(M, WARPS)), guess_kernel<T, WIDTH>, read<T>(hidden), read<T>(weight), weight.stride(0),
+          read<T>(bias), read<int64_t>(targets), write<float>(state), M, hidden.size(1),
           static_cast<float>(logit_scale), static_cast<float>(softcap));
     });
   });
@@ -190,14 +191,14 @@ void settle(
     int64_t tiles,
     int64_t width,
     const Tensor& state,
-    const Optional& exponentials,
+    const Tensor& exponentials,
     const Optional& unit) {
   const int64_t M = state.size(1);
-  for_dtype(exponentials ? *exponentials : state, [&]<class T>(T) {
+  for_dtype(exponentials, [&]<class T>(T) {
     start(
         state, grid(blocks(M, COMBINED)), settle_kernel<T>, read<float>(partials), first_tile, first_tile + tiles,
-        width, write<float>(state), write<T>(exponentials), exponentials ? exponentials->stride(0) : 0,
-        exponentials ? exponentials->size(1) : 0, write<float>(unit), M, unit ? unit->size(1) : 0);
+        width, write<float>(state), write<T>(exponentials), exponentials.stride(0), exponentials.size(1),
+        write<float>(unit), M, unit ? unit->size(1) : 0);
   });
 }
 

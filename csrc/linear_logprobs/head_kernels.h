@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(THREADS) settle_kernel(
   const float now = steps(highest, guess, guessed);
   float is_off = unit && steps(before, guess, guessed) != now;
   for (int64_t tile = first + threadIdx.x / WARP; m < M && tile < end; tile += WARPS) {
-    is_off = exponentials && steps(partials[tile * M + m], guess, guessed) != now ? 1 : is_off;
+    is_off = steps(partials[tile * M + m], guess, guessed) != now ? 1 : is_off;
   }
   __shared__ bool row_is_off[COMBINED];
   is_off = across_warps(is_off, [](float a, float b) { return fmaxf(a, b); });
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(THREADS) settle_kernel(
       row_highest = fmaxf(row_highest, partials[tile * M + r]);
     }
     const float row_steps = steps(row_highest, row_guess, row_guessed);
-    for (int64_t tile = first; exponentials && tile < end; ++tile) {
+    for (int64_t tile = first; tile < end; ++tile) {
       const float tile_steps = steps(partials[tile * M + r], row_guess, row_guessed);
       if (tile_steps != row_steps) {
         const int64_t column = (tile - first) * width;
