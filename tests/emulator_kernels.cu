@@ -12,6 +12,8 @@
 namespace latro {
 namespace {
 
+using emulated::sync_some;
+
 __device__ float& mine(float* out) {
   return out[blockIdx.x * blockDim.x + threadIdx.x];
 }

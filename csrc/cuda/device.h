@@ -34,7 +34,6 @@ struct Launch {
 #ifdef LATRO_EMULATED
 
 using emulated::DeviceGuard;
-using emulated::sync_some;
 
 inline cudaStream_t current_stream(int32_t /*device*/) {
   return nullptr;
@@ -92,11 +91,6 @@ void launch(void (*kernel)(Parameters...), const Launch& how, std::type_identity
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
-}
-
-// __syncthreads of `threads` threads of the block, whole warps, which all name the same barrier, 1 to 15.
-__device__ __forceinline__ void sync_some(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Within 2 units in the last place of a normal result; smaller ones are 0.
