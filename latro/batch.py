@@ -23,6 +23,7 @@ class Group:
     samples: list[Sample]
     rationales: list[Rationale]
     answers: list[list[int]]  # the tokens of the answer behind each rationale
+    baseline: list[int] = field(default_factory=list)  # those of the answer straight behind the prompt
     wrong: list[list[list[int]]] = field(default_factory=list)  # likewise, of the other options
     correct: list[bool] = field(default_factory=list)  # whether each one's own answer was right
     pairs: list[tuple[int, int]] = field(default_factory=list)  # of rationales
@@ -62,15 +63,15 @@ class Batch:
         device: torch.device,
         baseline: bool = False,
     ) -> Batch:
-        """score_end: score the token by which a rationale ended itself with it. baseline: also score the answer without
-        a rationale; a prompt's answers must then all be the same."""
+        """score_end: score the token by which a rationale ended itself with it. baseline: also score the groups'
+        answers without a rationale."""
         samples = [sample for group in groups for sample in group.samples]
         tree, scored = pack_rationales(
             [group.prompt for group in groups],
             [[rationale.tokens for rationale in group.rationales] for group in groups],
-            [group.answers[0] for group in groups] if baseline else [_options(group) for group in groups],
+            [_options(group) for group in groups],
             ends=[[sample.end for sample in group.samples] for group in groups] if score_end else None,
-            baseline=baseline,
+            baseline=[group.baseline for group in groups] if baseline else False,
         )
         return Batch(
             groups,

@@ -78,9 +78,8 @@ class Supply:
     ) -> Group:
         """The group of what is already known."""
         group = Group.of(self.text, example, samples)
-        if "baseline" in self.needs:  # the same tokens behind the prompt and behind each rationale
-            answer = self.text.answer(self.text.rationale([]), example.answer)
-            group = replace(group, answers=[answer] * len(samples))
+        if "baseline" in self.needs:
+            group = replace(group, baseline=self.text.answer(self.text.rationale([]), example.answer))
         if "options" in self.needs:
             group = self._add_options(group)
         return replace(group, correct=correct, pairs=[(one, other) for one, other in pairs])

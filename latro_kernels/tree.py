@@ -167,7 +167,7 @@ def pack_rationales(
     answers: Sequence[Tokens] | Sequence[Sequence[Tokens]] | Sequence[Sequence[Sequence[Tokens]]],
     *,
     ends: int | Sequence[Sequence[int | None]] | None = None,
-    baseline: bool = False,
+    baseline: bool | Sequence[Tokens] | Sequence[Sequence[Tokens]] = False,
 ) -> tuple[PrefixTree, ScoredTokens]:
     """Pack x, its rationales z_k and after each of them y, for N prompts.
 
@@ -176,9 +176,10 @@ def pack_rationales(
         rationales such a list, where the tokens between a rationale and its answer are not the same everywhere.
     ends: the token that ended a rationale, for all of them or one each (None where it was cut off). It is scored with
         the rationale, on a side leaf that the answer does not see.
-    baseline: also score y straight after x; not with answers for each rationale.
+    baseline: also score y straight after x; or for each prompt a token list, or a list of them, where that has other
+        tokens than behind its rationales.
     """
-    _check_groups(prompts, rationales, answers, ends)
+    _check_groups(prompts, rationales, answers, ends, baseline)
     with _on_host():
         return _pack_groups(prompts, rationales, answers, ends, baseline)
 
@@ -188,7 +189,7 @@ def _pack_groups(
     rationales: Sequence[Sequence[Tokens]],
     answers: Sequence[Any],
     ends: int | Sequence[Sequence[int | None]] | None,
-    baseline: bool,
+    baseline: bool | Sequence[Any],
 ) -> tuple[PrefixTree, ScoredTokens]:
     packing = _Packing()
     for n, prompt in enumerate(prompts):
@@ -206,13 +207,8 @@ def _pack_groups(
             packing.segment(RATIONALE, r, 0, node, extra=end is not None)
             for o, (name, answer) in enumerate(options[k]):
                 packing.segment(ANSWER, r, o, packing.node(answer, node, name))
-        if baseline:
-            if _is_per_rationale(answers[n]):
-                raise ValueError(
-                    f"pack_rationales: baseline needs one answer to all rationales of a prompt, got answers[{n}] "
-                    "with one for each"
-                )
-            for o, (name, answer) in enumerate(options[0]):
+        if baseline is not False:
+            for o, (name, answer) in enumerate(_baseline(baseline, answers[n], options[0], n)):
                 packing.segment(BASELINE, first, o, packing.node(answer, root, name))
     return packing.finish()
 
@@ -397,6 +393,26 @@ def _options(answer: Any, rationales: int, n: int) -> list[list[tuple[str, Token
     return options
 
 
+def _baseline(
+    baseline: bool | Sequence[Any], answer: Any, options: list[tuple[str, Tokens]], n: int
+) -> list[tuple[str, Tokens]]:
+    """The named options that are scored straight after a prompt."""
+    if not isinstance(baseline, bool):
+        own = _named_options(baseline[n], f"baseline[{n}]")
+        if len(own) != len(options):
+            raise ValueError(
+                f"pack_rationales: baseline[{n}] must have as many options as answers[{n}], {len(options)}, "
+                f"got {len(own)}"
+            )
+        return own
+    if _is_per_rationale(answer):
+        raise ValueError(
+            f"pack_rationales: baseline must have an answer for each prompt where answers[{n}] has one for each "
+            "rationale, got True"
+        )
+    return options
+
+
 def _is_per_rationale(answer: Any) -> bool:
     """Whether it is a list of lists of lists, of which the innermost are tokens."""
     depth = 0
@@ -430,9 +446,12 @@ def _check_groups(
     rationales: Sequence[Sequence[Tokens]],
     answers: Sequence[Any],
     ends: int | Sequence[Sequence[int | None]] | None,
+    baseline: bool | Sequence[Any],
 ) -> None:
     operator = "pack_rationales"
     lists: dict[str, Sequence[object]] = {"prompts": prompts, "rationales": rationales, "answers": answers}
+    if not isinstance(baseline, bool):
+        lists["baseline"] = baseline
     if ends is not None and not hasattr(ends, "__index__"):
         lists["ends"] = cast(Sequence[object], ends)
     for name, per_prompt in lists.items():
@@ -447,10 +466,11 @@ def _check_groups(
         _check_list(operator, f"rationales[{n}]", group)
         if not len(group):
             raise ValueError(f"{operator}: rationales[{n}] must hold at least one rationale, got none")
-        if not hasattr(answers[n], "__len__"):
-            raise TypeError(
-                f"{operator}: answers[{n}] must be a list of token ids or of options, got {answers[n]!r:.80}"
-            )
+        for name in lists.keys() & {"answers", "baseline"}:
+            if not hasattr(lists[name][n], "__len__"):
+                raise TypeError(
+                    f"{operator}: {name}[{n}] must be a list of token ids or of options, got {lists[name][n]!r:.80}"
+                )
         if "ends" in lists:
             _check_list(operator, f"ends[{n}]", lists["ends"][n])
             of_group = cast(Sequence[Sequence[int | None]], ends)[n]

@@ -110,7 +110,17 @@ BAD = {
         "pack_rationales: answers[0][1][0] must have at least one token, got none"),
     "baseline with an answer for each rationale": (
         rationales(answers=[[[[5]], [[6]]]], baseline=True), ValueError,
-        "pack_rationales: baseline needs one answer to all rationales of a prompt, got answers[0] with one for each"),
+        "pack_rationales: baseline must have an answer for each prompt where answers[0] has one for each rationale, "
+        "got True"),
+    "baseline with other numbers of options": (
+        rationales(answers=[[[[5]], [[6]]]], baseline=[[[5], [6]]]), ValueError,
+        "pack_rationales: baseline[0] must have as many options as answers[0], 1, got 2"),
+    "baseline for other prompts": (
+        rationales(baseline=[[5], [6]]), ValueError,
+        "pack_rationales: baseline must have one entry per prompt, 1, got 2"),
+    "baseline that is no list": (
+        rationales(baseline=[5]), TypeError,
+        "pack_rationales: baseline[0] must be a list of token ids or of options, got 5"),
     "negative token in a rationale": (
         rationales(groups=[[[3], [-1]]]), ValueError,
         "pack_rationales: rationales[0][1] must hold token ids >= 0, got -1"),

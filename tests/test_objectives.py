@@ -742,13 +742,13 @@ def test_options_stand_behind_each_rationale_the_right_one_first():
     assert TOKENIZER.decode(first.tolist()).startswith("The answer is 0.")
 
 
-def test_a_baseline_has_the_tokens_of_the_answers():
+def test_a_baseline_is_encoded_as_behind_no_rationale():
     group = supply_of("gain").group(DATA[0], [said(RIGHT), said("b\nThe answer is 7.")])
     batch = packed([group], baseline=True)
-    answers = [batch.scored.targets[batch.scored.segment == s].tolist() for s in (1, 3, 4)]
+    texts = [TOKENIZER.decode(batch.scored.targets[batch.scored.segment == s].tolist()) for s in (1, 3, 4)]
     assert batch.scored.kind.tolist() == [0, 1, 0, 1, 2]
-    assert answers[0] == answers[1] == answers[2]
-    assert TOKENIZER.decode(answers[2]).startswith(" The answer is 0.")  # as behind no rationale
+    assert [text.partition("The")[0] for text in texts] == ["", "", " "]  # white space is the rationales' own
+    assert all("The answer is 0." in text for text in texts)
 
 
 def test_chains_keep_their_states():

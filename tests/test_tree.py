@@ -98,7 +98,7 @@ def test_every_query_that_sees_a_key_tile_is_in_one_part_of_it(seed, longest):
         assert split
 
 
-@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("baseline", [False, True, "its own"])
 @pytest.mark.parametrize("end", [None, 49, "some"])
 @pytest.mark.parametrize("seed", range(10))
 def test_packed_segments_are_the_paths(seed, end, baseline):
@@ -108,7 +108,9 @@ def test_packed_segments_are_the_paths(seed, end, baseline):
     if end == "some":
         ends = [[rng.choice([None, 48, 49]) for _ in group] for group in batch.rationales]
     options = [[answer, [*answer, 7], [3]] for answer in batch.answers]
-    tree, scored = pack_rationales(batch.prompts, batch.rationales, options, ends=ends, baseline=baseline)
+    alone = [[[9, *answer], [9], [2, 3]] for answer in batch.answers] if baseline == "its own" else options
+    asked = alone if baseline == "its own" else baseline
+    tree, scored = pack_rationales(batch.prompts, batch.rationales, options, ends=ends, baseline=asked)
 
     expected = []
     r = 0
@@ -120,7 +122,7 @@ def test_packed_segments_are_the_paths(seed, end, baseline):
             expected += [(ANSWER, r, o, prompt + rationale, y) for o, y in enumerate(options[n])]
             r += 1
         if baseline:
-            expected += [(BASELINE, first, o, prompt, y) for o, y in enumerate(options[n])]
+            expected += [(BASELINE, first, o, prompt, y) for o, y in enumerate(alone[n])]
 
     assert len(expected) == len(scored.kind)
     assert scored.segment.tolist() == sorted(scored.segment.tolist())
@@ -135,7 +137,7 @@ def test_packed_segments_are_the_paths(seed, end, baseline):
     sizes = [len(group) for group in batch.rationales]
     assert scored.prompt.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
     assert scored.plan.group_rationales.diff().tolist() == sizes
-    assert scored.plan.group_segments.diff().tolist() == [size * 4 + 3 * baseline for size in sizes]
+    assert scored.plan.group_segments.diff().tolist() == [size * 4 + 3 * bool(baseline) for size in sizes]
     assert scored.plan.smallest_group == min(sizes)
     assert scored.plan.hidden_rows == len(tree.tokens)
     assert scored.plan.min_vocab == int(scored.targets.max()) + 1
