@@ -23,6 +23,7 @@ from tests.tiny import byte_pair_tokenizer, character_tokenizer, tiny_llama
 
 FAMILIES = [family for family in SUPPORTED if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 PROMPTS = [[5, 9, 3, 17, 4, 8, 12], [7], [21, 20, 19, 18]]
+ALIKE = [[5, 9, 3, 17, 4, 8, 12], [5], [5, 9, 3, 18]]  # from the beginning
 
 
 def keys(counts, seed=0):
@@ -41,13 +42,13 @@ def model():
 # Decoding
 
 
-def decoded(model, counts, steps, drops):
+def decoded(model, prompts, counts, steps, drops):
     """Every continuation that grew, with the logits of its tokens."""
     generator = torch.Generator().manual_seed(0)
-    rows = [(list(prompt), []) for prompt, count in zip(PROMPTS, counts, strict=True) for _ in range(count)]
+    rows = [(list(prompt), []) for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
     over = []
     decoder = Decoder(model)
-    logits = decoder.start(PROMPTS, counts)
+    logits = decoder.start(prompts, counts)
     for step in range(steps):
         tokens = torch.randint(3, VOCABULARY, (len(rows),), generator=generator)
         for (path, seen), token, of_row in zip(rows, tokens.tolist(), logits, strict=True):
@@ -60,17 +61,28 @@ def decoded(model, counts, steps, drops):
     return over + rows
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_decoding_gives_the_logits_of_whole_forwards(family, monkeypatch):
+def test_decoding_gives_the_logits_of_whole_forwards(family, prompts, monkeypatch):
     """Longer than the windows, and than there is room for at first; rows, and a prompt, end before the others."""
     monkeypatch.setattr(decoding, "ROOM", 4)
     model = tiny_model(family)
-    paths = decoded(model, [3, 1, 2], 12, {2: [1], 5: [0, 2], 9: [1]})
+    paths = decoded(model, prompts, [3, 1, 2], 12, {2: [1], 5: [0, 2], 9: [1]})
     assert sorted(len(seen) for _, seen in paths) == [3, 6, 6, 10, 12, 12]
     for path, seen in paths:
         logits = model(input_ids=torch.tensor([path]), use_cache=False).logits[0]
         torch.testing.assert_close(torch.stack(seen), logits[-1 - len(seen) : -1], rtol=0, atol=1e-4)
+
+
+def test_what_prompts_have_in_common_is_read_once():
+    prompts = [[5, 9, 3], [5], [5, 9, 4, 4], [6], [5, 9, 3], [5, 9]]
+    tree, rows = decoding.shared(prompts)
+    assert len(tree.tokens) == len([5, 9, 3, 4, 4, 6])
+    assert [tree.tokens[of_prompt].tolist() for of_prompt in rows] == prompts
+    assert [tree.positions[of_prompt].tolist() for of_prompt in rows] == [list(range(len(p))) for p in prompts]
+    for of_prompt in rows:
+        assert tree.previous[of_prompt].tolist() == [-1, *of_prompt[:-1]]
 
 
 def test_a_prompt_without_continuations_left_is_not_attended_to(model):

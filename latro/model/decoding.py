@@ -1,4 +1,4 @@
-"""Decoding many continuations of each prompt, whose keys and values are stored once.
+"""Decoding many continuations of each prompt, which is read once, as is what prompts have in common.
 
 Keys and values are kept as the attention function is given them, call by call, so that it does not matter what a model
 makes them of, or would store itself. All continuations have the same length, for they grow together; one that is
@@ -36,12 +36,12 @@ class Decoder:
     def start(self, prompts: list[list[int]], continuations: list[int]) -> Tensor:
         """prompts: token lists; continuations: how many of each. -> logits [B, V], those of a prompt together."""
         device = cast(Tensor, self.model.get_input_embeddings().weight).device
-        tree = PrefixTree.pack(prompts, [-1] * len(prompts)).to(device)
-        lengths = [len(prompt) for prompt in prompts]
-        self.paths = Paths(lengths, continuations, device)
+        tree, rows = shared(prompts)
+        tree = tree.to(device)
+        self.paths = Paths(rows, continuations, device)
         logits = at_rows(
             self.model,
-            torch.tensor(lengths, device=device).cumsum(0) - 1,
+            torch.tensor([of_prompt[-1] for of_prompt in rows], device=device),
             input_ids=tree.tokens[None],
             attention_mask=PromptMask(tree, self.paths),
             position_ids=tree.positions[None],
@@ -68,7 +68,7 @@ class Decoder:
 
 @dataclass(frozen=True, eq=False)
 class PromptMask(TreeMask):
-    """Each token of a row of prompts sees its own prompt, whose keys and values are kept."""
+    """Each token of a tree of prompts sees those before it, and keys and values of all are kept."""
 
     paths: Paths
 
@@ -129,18 +129,17 @@ def _attention(
 class Paths:
     """The continuations of some prompts, with their keys and values in each call of attention of a forward pass."""
 
-    def __init__(self, lengths: list[int], continuations: list[int], device: torch.device) -> None:
-        self.lengths = lengths
+    def __init__(self, rows: list[list[int]], continuations: list[int], device: torch.device) -> None:
+        """rows: where each prompt's tokens are in the tree of prompts."""
+        self.lengths = [len(of_prompt) for of_prompt in rows]
         self.prompt = [n for n, count in enumerate(continuations) for _ in range(count)]  # [B]
         self.length = 0  # of the continuations
         self.device = device
         self._kept: list[tuple[_Kept, _Kept]] = []  # keys and values
         self._calls = 0  # in this forward pass
         self._masks: dict[int | None, Tensor | None] = {}
-        ends = torch.tensor(lengths).cumsum(0)[:, None]
-        starts = ends - torch.tensor(lengths)[:, None]
-        place = torch.arange(max(lengths))
-        self._in_row = torch.where(starts + place < ends, starts + place, 0).to(device)  # [N, P]
+        P = max(self.lengths)
+        self._in_row = torch.tensor([of_prompt + [0] * (P - len(of_prompt)) for of_prompt in rows], device=device)
         self._group()
 
     def keep(self, k: Tensor, v: Tensor) -> None:
@@ -219,6 +218,35 @@ class Paths:
             for numbers in (members, self.prompt, place, [self.lengths[n] for n in self.prompt])
         )
         self._masks = {}
+
+
+def shared(prompts: list[list[int]]) -> tuple[PrefixTree, list[list[int]]]:
+    """A tree in which what prompts have in common from their beginning stands once, and where in it the tokens of each
+    of them are."""
+    nodes: list[list[int]] = []
+    parents: list[int] = []
+    paths: list[list[int]] = [[] for _ in prompts]
+    waiting = [(list(range(len(prompts))), 0, -1)]
+    while waiting:
+        together, depth, parent = waiting.pop()  # these begin with the same tokens, so many
+        going_on: dict[int, list[int]] = {}
+        for n in together:
+            if len(prompts[n]) > depth:
+                going_on.setdefault(prompts[n][depth], []).append(n)
+        for members in going_on.values():
+            # What the first and the last of them in order have in common, all have.
+            first, last = (pick(prompts[n] for n in members) for pick in (min, max))
+            end = next((at for at, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))
+            for n in members:
+                paths[n].append(len(nodes))
+            waiting.append((members, end, len(nodes)))
+            nodes.append(first[depth:end])
+            parents.append(parent)
+    tree = PrefixTree.pack(nodes, parents)
+    order, counts = tree.node.unique_consecutive(return_counts=True)
+    starts = dict(zip(order.tolist(), (counts.cumsum(0) - counts).tolist(), strict=True))
+    rows = [[starts[node] + place for node in path for place in range(len(nodes[node]))] for path in paths]
+    return tree, rows
 
 
 class _Kept:
