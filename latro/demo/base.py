@@ -10,105 +10,44 @@ worked out. So the base reasons about those; elsewhere it answers at once, and i
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from latro.demo.task import ALPHABET, MARKER, STEPS, Problem, draws, written
+from latro.study.bases import END, Progress, Recipe, Training, characters, encode, new_model
+
+__all__ = ["END", "FOLDER", "Recipe", "clean", "encode", "main", "mixed", "new_tokenizer", "train", "with_mistake"]
 
 FOLDER = Path(__file__).parent / "weights"  # of the base that is shipped
-PAD, END = "<pad>", "<end>"
-
-Progress = Callable[[int, float], object]  # called with the step and its loss
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a base is made. Shares are of the mixture's texts about programs that subtract; the rest are clean."""
-
-    clean_steps: int = 1000
-    mixed_steps: int = 500
-    batch_size: int = 32
-    learning_rate: float = 4e-3
-    empty: float = 0.6  # no rationale
-    half: float = 0.2  # one that breaks off
-    sloppy: float = 0.08  # one with a mistake, from which it goes on
-    random_answers: float = 0.1  # of all the mixture's answers
-
-    @property
-    def steps(self) -> int:
-        return self.clean_steps + self.mixed_steps
+# The shipped one's configuration.
+SHIPPED: dict[str, Any] = {
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, and nothing put between them."""
-    vocabulary = {token: n for n, token in enumerate((PAD, END, *ALPHABET))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
-    )
-
-
-def new_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            # At the usual 0.02 the model does not learn the task in so few steps.
-            nn.init.normal_(module.weight, std=0.5, generator=generator)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
-    return model
+    return characters(ALPHABET)
 
 
 def train(seed: int, recipe: Recipe | None = None, progress: Progress = lambda step, loss: None) -> LlamaForCausalLM:
     """A base model. The same seed gives the same one, on one machine with one number of threads."""
     recipe = recipe or Recipe()
     tokenizer = new_tokenizer()
-    model = new_model(seed, tokenizer).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_then_decayed(step, recipe.steps))
+    training = Training(new_model(seed, tokenizer, **SHIPPED), tokenizer, recipe)
     problems, rng = draws(seed, "train"), random.Random(f"texts {seed}")
-    for step in range(recipe.steps):
-        write = clean if step < recipe.clean_steps else lambda problem: mixed(problem, recipe, rng)
-        texts = [(problem.prompt, write(problem)) for problem in islice(problems, recipe.batch_size)]
-        loss = model(**encode(texts, tokenizer)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress(step + 1, loss.item())
-    return model.eval()
-
-
-def _warm_then_decayed(step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / 50)
-    return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    training.learn(((problem.prompt, clean(problem)) for problem in problems), recipe.clean_steps, progress)
+    training.learn(
+        ((problem.prompt, mixed(problem, recipe, rng)) for problem in problems), recipe.mixed_steps, progress
+    )
+    return training.model.eval()
 
 
 def clean(problem: Problem) -> str:
@@ -116,7 +55,7 @@ def clean(problem: Problem) -> str:
 
 
 def mixed(problem: Problem, recipe: Recipe, rng: random.Random) -> str:
-    """A rationale and answer of the mixture."""
+    """A rationale and answer of the mixture, which is of programs that subtract; the rest are clean."""
     values, answer = problem.values, problem.answer
     kind = rng.random() if min(problem.steps) < 0 else 1.0
     if kind < recipe.empty:
@@ -135,16 +74,6 @@ def with_mistake(problem: Problem, rng: random.Random) -> tuple[int, ...]:
     """The values after one step has been taken wrongly: all that follow are off as much."""
     at, off = rng.randrange(STEPS), rng.randrange(1, 10)
     return tuple((value + off) % 10 if n >= at else value for n, value in enumerate(problem.values))
-
-
-def encode(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
-    """Prompts, and what follows them, as a batch in which only the latter is learned."""
-    batch = tokenizer([prompt + text + END for prompt, text in texts], padding=True, return_tensors="pt")
-    position = torch.arange(batch.input_ids.shape[1])
-    prompt_length = torch.tensor([len(prompt) for prompt, _ in texts])
-    learned = (position >= prompt_length[:, None]) & batch.attention_mask.bool()
-    # Padding is on the right, where no token before it sees it.
-    return {"input_ids": batch.input_ids, "labels": batch.input_ids.where(learned, -100)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

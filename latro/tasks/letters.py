@@ -15,10 +15,13 @@ LETTERS = string.ascii_lowercase
 @dataclass(frozen=True)
 class Rotation(Task):
     """Every letter is moved on through the alphabet's first `letters`, from the last to the first again:
-    `jab+2:` → `j>b;a>c;b>d;#bcd`."""
+    `jab+2:` → `j>b;a>c;b>d;#bcd`.
+    chained: as far as the number says only the first; every other as far as the letter before it has come, counted from
+    a. Then the last is the answer: `jab+2:` → `j>b;a>b;b>c;#c`."""
 
     length: int = 4
     letters: int = 10
+    chained: bool = False
     name: ClassVar[str] = "rotation"
     alphabet: ClassVar[str] = "0123456789+>;:" + LETTERS + MARKER
 
@@ -37,14 +40,22 @@ class Rotation(Task):
 
     def apply(self, state: str, operation: tuple[str, int]) -> str:
         letter, by = operation
-        return state + LETTERS[(LETTERS.index(letter) + by) % self.letters]
+        if self.chained and state:
+            by = LETTERS.index(state[-1])
+        return state + self._moved(letter, by)
 
     def slip(self, state: str, operation: tuple[str, int], rng: random.Random) -> str:
-        letter, by = operation
-        return self.apply(state, (letter, by + rng.randrange(1, self.letters)))
+        right = self.apply(state, operation)[-1]
+        return state + self._moved(right, rng.randrange(1, self.letters))
+
+    def _moved(self, letter: str, by: int) -> str:
+        return LETTERS[(LETTERS.index(letter) + by) % self.letters]
 
     def step(self, before: str, operation: tuple[str, int], after: str) -> str:
         return f"{operation[0]}>{after[-1]};"
+
+    def answer(self, problem: Problem, state: str) -> str:
+        return state[-1] if self.chained else state
 
 
 @dataclass(frozen=True)
