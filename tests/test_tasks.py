@@ -17,7 +17,7 @@ SPLITS = ["train", "validation", "test"]
 OTHERS = [
     "prog(steps=6, largest=4)", "chain(steps=5)", "chain(steps=2, signs='+')", "rotation(length=3, letters=26)",
     "sort(length=7)", "cups(cups=3, steps=6)", "registers(registers=3, steps=5, functions='^|')",
-    "choice(choices=6, steps=2)",
+    "choice(choices=6, steps=2)", "rotation(letters=8, chained=True)",
 ]  # fmt: skip
 every_task = pytest.mark.parametrize("task", [named(name) for name in [*TASKS, *OTHERS]], ids=[*TASKS, *OTHERS])
 
@@ -42,10 +42,14 @@ def chain(prompt):
     return said, str(value)
 
 
-def rotation(prompt, letters):
+def rotation(prompt, letters, chained):
     word, by = prompt.strip(":").split("+")
-    moved = [chr(97 + (ord(letter) - 97 + int(by)) % letters) for letter in word]
-    return "".join(f"{one}>{other};" for one, other in zip(word, moved, strict=True)), "".join(moved)
+    moved, by = "", int(by)
+    for letter in word:
+        moved += chr(97 + (ord(letter) - 97 + by) % letters)
+        by = ord(moved[-1]) - 97 if chained else by
+    said = "".join(f"{one}>{other};" for one, other in zip(word, moved, strict=True))
+    return said, moved[-1] if chained else moved
 
 
 def sort(prompt):
@@ -82,7 +86,7 @@ def choice(prompt):
 
 
 def worked_out(task, prompt):
-    parameters = {"rotation": ["letters"], "cups": ["cups"]}.get(task.name, [])
+    parameters = {"rotation": ["letters", "chained"], "cups": ["cups"]}.get(task.name, [])
     return globals()[task.name](prompt, *(getattr(task, parameter) for parameter in parameters))
 
 
@@ -101,6 +105,7 @@ def test_golden_rationales_and_answers_are_right(task):
         ("prog", "a4b+8c-3d+8:", "b2c9d7#7"),
         ("chain", "7*3+5-8:", "7*3=1;1+5=6;6-8=8;#8"),
         ("rotation", "jab+2:", "j>b;a>c;b>d;#bcd"),
+        ("rotation(chained=True)", "jab+2:", "j>b;a>b;b>c;#c"),
         ("sort", "dbca:", "a|dbc;b|dc;c|d;d|;#abcd"),
         ("cups", "12,34,13?1:", "bacd;badc;dabc;#d"),
         ("registers", "101:b=a^c,a=b|c:", "101;101;#101"),
@@ -244,6 +249,7 @@ def test_alphabets_are_what_a_character_tokenizer_takes(task):
         ("chain(steps=2)", "chain(steps=8)", lambda e: e.rationale.count(";")),
         ("chain(signs='+')", "chain(signs='*')", lambda e: e.prompt.count("*")),
         ("rotation(length=3)", "rotation(length=9)", lambda e: len(e.answer)),
+        ("rotation(chained=True)", "rotation", lambda e: len(e.answer)),
         ("rotation(letters=10)", "rotation(letters=26)", lambda e: max(map(ord, e.answer))),
         ("sort(length=4)", "sort(length=9)", lambda e: len(e.answer)),
         ("sort(letters=10)", "sort(letters=26)", lambda e: max(map(ord, e.answer))),
