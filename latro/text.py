@@ -7,7 +7,6 @@ text of both together is the text that was sampled up to there.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +88,9 @@ class Text:
         stop = self._stop(text)
         if stop is None:
             return Rationale(list(tokens), text, "" if text[-1:].isspace() else self.separator)
-        # A token more is hardly ever a shorter text: near the stop, look for the boundary one by one.
-        near = bisect_right(range(len(tokens)), stop, key=lambda n: len(self.decode(tokens[:n])))
-        for count in range(min(near + self._window, len(tokens)), -1, -1):
+        # From the end, for a sample goes on little beyond its stop string; and every count, for a longer beginning may
+        # be a shorter text: bytes of a character that is not whole are shown one by one.
+        for count in range(len(tokens), -1, -1):
             before = self.decode(tokens[:count])
             if len(before) <= stop and text.startswith(before):
                 return Rationale(list(tokens[:count]), before, text[len(before) : stop])

@@ -3,7 +3,7 @@
 import pytest
 
 from latro.text import Text, end_of_answer, end_tokens
-from tests.tiny import byte_pair_tokenizer, character_tokenizer
+from tests.tiny import byte_fallback_tokenizer, byte_pair_tokenizer, character_tokenizer
 
 THINGS = ["trees", "cats", "dogs", "pens", "maps", "cups", "owls"]
 CORPUS = [f"{thing}. The answer is {n}." for n, thing in enumerate(THINGS)] * 20
@@ -58,6 +58,14 @@ def test_stop_strings_are_found_whatever_the_tokens(merged):
         first = over.index(True)
         assert "The answer is" in text.decode(tokens[: first + 1])
         assert "The answer is" not in text.decode(tokens[:first])
+
+
+@pytest.mark.parametrize("said", ["😀", "so 😀😀\n數 1\n😀", "😀😀😀\n1\n😀😀\n", "so\n"])
+def test_what_stands_before_the_stop_is_the_rationale_whatever_its_characters_take(said):
+    text = Text(byte_fallback_tokenizer(), answer_template="#{answer}", separator="", stop_strings=["#"])
+    rationale = text.rationale(text.tokenizer(said + "#1")["input_ids"])
+    assert (rationale.text, rationale.separator) == (said, "")
+    assert text.decode(rationale.tokens) == said
 
 
 def test_no_stop_strings_never_end():

@@ -42,6 +42,15 @@ def byte_pair_tokenizer(texts: list[str], size: int = 400, **special: str) -> Pr
     )
 
 
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters, and bytes for those that it does not know, each of which is shown as one character by itself."""
+    tokens = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), *"so 1#\n"]
+    model = models.BPE({token: n for n, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
+
+
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: object) -> LlamaForCausalLM:
     options = {
         "vocab_size": len(tokenizer),
