@@ -32,6 +32,16 @@ CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's calculator annotations
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two ways to go on behind a prompt and what stands of a rationale already, in tokens. Where one is a completion's
+    end, the token that ended it is its last."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    before: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Example:
     """A prompt, text or chat messages, and its answer."""
 
@@ -41,6 +51,7 @@ class Example:
     options: tuple[str, ...] = ()  # of which the answer is one
     rationale: str | None = None  # a golden one
     harness: tuple[str, str] | None = None  # of code: what it stands between, in a program that ends if it is right
+    pair: Pair | None = None  # of what DPO prefers, where it is not to be sampled
 
 
 class DataError(ValueError):

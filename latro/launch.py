@@ -205,6 +205,12 @@ def _wrapped(text: str) -> list[str]:
     return [part for line in lines for part in line]
 
 
+def explore(known: argparse.Namespace) -> None:
+    from latro.explore import command
+
+    command.show(known)
+
+
 def report(known: argparse.Namespace) -> None:
     from latro.report import report as write
 
@@ -215,3 +221,16 @@ def demo(known: argparse.Namespace) -> None:
     from latro.demo.run import run
 
     run(known.output_dir, seed=known.seed, base=known.base, json_file=known.json)
+
+
+def study(known: argparse.Namespace) -> None:
+    from latro.study import command
+
+    folder, processes = known.output_dir, known.processes
+    if known.quick:
+        wrong = command.quick(folder / "quick", seeds=known.seeds or command.QUICK_SEEDS, processes=processes)
+        print("every sign is as it should be" if not wrong else "\n".join(f"not so: {sign}" for sign in wrong))
+        if wrong:
+            raise ValueError(f"study: {len(wrong)} signs are not as they should be; {folder} has the results")
+        return
+    command.run(folder, known.experiments, known.tasks, known.seeds, known.sizes, processes)

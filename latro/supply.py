@@ -14,7 +14,7 @@ from latro.data import Example
 from latro.grading import Grader
 from latro.objectives import Objective
 from latro.rollout import Sample
-from latro.text import Text
+from latro.text import Rationale, Text
 
 GRADED = frozenset({"correct", "right and wrong", "chains"})
 
@@ -33,10 +33,21 @@ class Supply:
         self.needs = objective.needs
         self.grades = bool(self.needs & GRADED)
         self.states: dict[str, list[Sample | None]] = {}  # of the chains of each example
+        self.given = False  # whether the examples have pairs of their own
+
+    @property
+    def samples(self) -> bool:
+        """Whether groups are made of what the model samples."""
+        return self.objective.samples and not self.given
 
     def check(self, examples: Sequence[Example], max_tokens: int) -> None:
         """Raise unless every example has what the objective needs of it."""
         name = type(self.objective).__name__
+        self.given = any(example.pair is not None for example in examples)
+        if self.given:
+            for example in examples:
+                self._check_pair(example, max_tokens)
+            return
         for example in examples:
             where = f"train_dataset: example {example.id}"
             if "golden" in self.needs:
@@ -57,7 +68,26 @@ class Supply:
                     )
                 self._add_options(Group.of(self.text, example, [Sample()]))
 
+    def _check_pair(self, example: Example, max_tokens: int) -> None:
+        name, where, pair = type(self.objective).__name__, f"train_dataset: example {example.id}", example.pair
+        if "right and wrong" not in self.needs:
+            raise ValueError(f"{where}: objective {name} takes no given pair; dpo does")
+        if pair is None:
+            raise ValueError(f"{where}: must have a pair, as others have, got none")
+        if not pair.chosen or not pair.rejected or pair.chosen == pair.rejected:
+            raise ValueError(
+                f"{where}: its pair must be of two different ways to go on, of at least one token each, "
+                f"got {list(pair.chosen)} and {list(pair.rejected)}"
+            )
+        length = len(pair.before) + max(len(pair.chosen), len(pair.rejected))
+        if length > max_tokens:
+            raise ValueError(
+                f"{where}: its pair must have at most max_completion_length tokens, {max_tokens}, got {length}"
+            )
+
     def group(self, example: Example, sampled: Sequence[Sample]) -> Group:
+        if self.given:
+            return self._of_pair(example)
         samples = list(sampled)
         if "golden" in self.needs:
             samples.append(self._golden(example))
@@ -77,6 +107,8 @@ class Supply:
         self, example: Example, samples: list[Sample], correct: list[bool], pairs: Sequence[tuple[int, int]]
     ) -> Group:
         """The group of what is already known."""
+        if self.given:
+            return self._of_pair(example)
         group = Group.of(self.text, example, samples)
         if "baseline" in self.needs:
             group = replace(group, baseline=self.text.answer(self.text.rationale([]), example.answer))
@@ -94,6 +126,20 @@ class Supply:
         self.states = {
             id: [None if state is None else Sample(**state) for state in states] for id, states in saved.items()
         }
+
+    def _of_pair(self, example: Example) -> Group:
+        """A row has an answer behind every rationale. What of a pair is to be one stands in it already, so this is a
+        token alone, which has no weight."""
+        assert example.pair is not None
+        ways = [list(example.pair.chosen), list(example.pair.rejected)]
+        return Group(
+            example,
+            self.text.prompt(example.prompt) + list(example.pair.before),
+            [Sample(tokens, ended_by="end") for tokens in ways],
+            [Rationale(tokens, self.text.decode(tokens), "") for tokens in ways],
+            answers=[list(example.pair.chosen[-1:])] * 2,
+            pairs=[(0, 1)],
+        )
 
     def _golden(self, example: Example) -> Sample:
         assert example.rationale is not None

@@ -147,7 +147,7 @@ class LatroTrainer(WholeCheckpoints):
         parts, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
         self._begun = (self.state.global_step, parts, self.meter.copy())
         self._update = [group for part in parts for group in part]
-        if self.state.global_step == 0 and self._update and self.objective.samples:
+        if self.state.global_step == 0 and self._update and self.supply.samples:
             self.watch.margin(rationale_margin(TreeModel(self.local.model), self.text, self._update))
         own = torch.tensor(sum(group.count(self.objective.over) for group in self._update), device=device)
         denominator = max(int(self.accelerator.reduce(own, "sum")), 1)
@@ -180,7 +180,7 @@ class LatroTrainer(WholeCheckpoints):
     # What its lines are made of
 
     def rollouts(self, examples: Sequence[Example]) -> list[Group]:
-        if not self.objective.samples:
+        if not self.supply.samples:
             return [self.supply.group(example, []) for example in examples]
         self.engine.sync(self.model_wrapped)
         prompts = [self.text.prompt(example.prompt) for example in examples]

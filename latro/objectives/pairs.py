@@ -26,7 +26,7 @@ class Dpo(Objective):
 
     Self-Explore's granular pairs (2404.10346) are the same with the steps before the pit at the end of the prompt, the
     pit as the rejected rationale, and a right continuation as the chosen one. The answer behind is not trained: where
-    it should be, let it be part of the rationale.
+    it should be, let it be part of the rationale. The trainer samples pairs, or takes those that examples have.
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ("right and wrong",)
