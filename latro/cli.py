@@ -270,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     of_study = command("study", "methods against each other on small tasks, from several bases and seeds")
     of_study.add_argument("--output_dir", type=Path, default=Path("latro-study"), help="what is there is not run again")
     of_study.add_argument("--document", type=Path, help="write tables and figures of what was run into this page")
+    of_study.add_argument("--report", action="store_true", help="run nothing: of what is there already")
     of_study.add_argument("--quick", action="store_true", help="a few models, of which the signs are checked")
     of_study.add_argument("--experiments", nargs="+", help="of methods, recipes, stability, lengths, feedback, sizes")
     of_study.add_argument("--tasks", nargs="+", help="of those that have recipes of bases")

@@ -226,11 +226,17 @@ def demo(known: argparse.Namespace) -> None:
 def study(known: argparse.Namespace) -> None:
     from latro.study import command
 
-    folder, processes = known.output_dir, known.processes
     if known.quick:
-        wrong = command.quick(folder / "quick", seeds=known.seeds or command.QUICK_SEEDS, processes=processes)
-        print("every sign is as it should be" if not wrong else "\n".join(f"not so: {sign}" for sign in wrong))
+        folder, seeds = known.output_dir / "quick", known.seeds or command.QUICK_SEEDS
+        wrong = command.quick(folder, seeds=seeds, processes=known.processes)
+        print("\n".join(f"not so: {sign}" for sign in wrong) or "every sign is as it should be")
         if wrong:
             raise ValueError(f"study: {len(wrong)} signs are not as they should be; {folder} has the results")
         return
-    command.run(folder, known.experiments, known.tasks, known.seeds, known.sizes, processes)
+    found = command.run(
+        known.output_dir, known.experiments, known.tasks, known.seeds, known.sizes, known.processes, known.report
+    )
+    print(command.shown(found))
+    if known.document is not None:
+        for path in command.write(known.document, found):
+            print(f"written: {path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from math import sqrt
+from math import atan, cos, inf, pi, sin, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -74,6 +74,95 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         ways = ways * (n - i) // (i + 1)
         total += ways
     return min(1.0, 2 * total / 2**n)
+
+
+class MeanInterval(NamedTuple):
+    """Of one value the interval is (−∞, ∞): there is nothing to tell its spread by."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> MeanInterval:
+    """A mean and Student's interval of it, as of training runs that differ by their seed."""
+    name = "mean_interval"
+    _check_confidence(name, confidence)
+    column = np.asarray(values, dtype=np.float64)
+    if not len(column) or not np.isfinite(column).all():
+        raise ValueError(f"{name}: values must be at least one finite number, got {list(values)}")
+    n, mean = len(column), float(column.mean())
+    if n == 1:
+        return MeanInterval(mean, -inf, inf, n)
+    half = t_quantile((1 + confidence) / 2, n - 1) * _standard_error(column)
+    return MeanInterval(mean, mean - half, mean + half, n)
+
+
+class PairedDifference(NamedTuple):
+    """Of one pair the interval is (−∞, ∞), and the p-value 1."""
+
+    difference: float  # mean of second − first
+    low: float
+    high: float
+    p_value: float  # two-sided, of no difference
+    n: int
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
+    """The mean of second − first over pairs, as of runs with the same seed, by Student's paired test."""
+    _check_pairs("paired_difference", first, second)
+    change = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    difference, low, high, n = mean_interval(list(change), confidence)
+    if n == 1:
+        return PairedDifference(difference, low, high, 1.0, n)
+    error = _standard_error(change)
+    t = abs(difference) / error if error else (inf if difference else 0.0)
+    return PairedDifference(difference, low, high, 1 - _within(t, n - 1), n)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Where Student's t distribution of so many degrees of freedom has this probability below."""
+    if not 0 < probability < 1 or freedom < 1:
+        raise ValueError(
+            f"t_quantile: probability must be between 0 and 1, and freedom at least 1, got {probability} and {freedom}"
+        )
+    if probability < 0.5:
+        return -t_quantile(1 - probability, freedom)
+    low, high = 0.0, 1.0
+    while (1 + _within(high, freedom)) / 2 < probability:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (1 + _within(middle, freedom)) / 2 < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _within(t: float, freedom: int) -> float:
+    """The probability of Student's t between −t and t: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = atan(t / sqrt(freedom))
+    odd = freedom % 2
+    term = total = cos(angle) if odd else 1.0
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if not odd:
+        return min(1.0, sin(angle) * total)
+    return min(1.0, 2 / pi * (angle + (sin(angle) * total if freedom > 1 else 0.0)))
+
+
+def _standard_error(values: np.ndarray) -> float:
+    # Equal values have none, but for rounding.
+    return 0.0 if (values == values[0]).all() else float(values.std(ddof=1) / sqrt(len(values)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of tests made together, adjusted so that below a level α no more than α of such families err at all."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
 
 
 def auc(scores: Sequence[float], labels: Sequence[bool], groups: Sequence[Hashable] | None = None) -> float | None:

@@ -1,13 +1,22 @@
 """Intervals and tests against closed forms, known values and brute force."""
 
 from itertools import product
-from math import comb, sqrt
+from math import comb, inf, sqrt
 
 import numpy as np
 import pytest
 
 from latro import statistics
-from latro.statistics import auc, mcnemar, paired_bootstrap, wilson
+from latro.statistics import (
+    auc,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    paired_difference,
+    t_quantile,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +166,90 @@ def test_auc_refuses():
         auc([float("nan"), 1.0], [True, False])
     with pytest.raises(ValueError, match=r"auc: scores, labels, groups must be equally many, got \[2, 1, 2\]"):
         auc([0.0, 1.0], [True])
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    [
+        (0.975, 1, 12.706205),
+        (0.975, 2, 4.302653),
+        (0.975, 3, 3.182446),
+        (0.975, 4, 2.776445),
+        (0.975, 9, 2.262157),
+        (0.95, 4, 2.131847),
+        (0.995, 7, 3.499483),
+        (0.975, 30, 2.042272),
+        (0.975, 200, 1.971896),
+    ],
+)
+def test_t_quantile(probability, freedom, expected):
+    assert t_quantile(probability, freedom) == pytest.approx(expected, abs=1e-6)
+    assert t_quantile(1 - probability, freedom) == pytest.approx(-expected, abs=1e-6)
+
+
+def test_t_quantile_of_many_degrees_of_freedom_is_the_normal_one():
+    assert t_quantile(0.975, 100_000) == pytest.approx(1.959964, abs=3e-5)
+    assert t_quantile(0.5, 3) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("probability", "freedom"), [(0, 3), (1, 3), (0.975, 0)])
+def test_t_quantile_refuses(probability, freedom):
+    with pytest.raises(ValueError, match="t_quantile: probability must be between 0 and 1, and freedom at least 1"):
+        t_quantile(probability, freedom)
+
+
+def test_mean_interval():
+    mean, low, high, n = mean_interval([0.90, 0.94, 0.92, 0.98, 0.96])
+    half = 2.776445 * sqrt(0.001 / 5)
+    assert (mean, n) == (pytest.approx(0.94), 5)
+    assert (low, high) == pytest.approx((0.94 - half, 0.94 + half), abs=1e-8)
+
+
+def test_mean_interval_covers_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3, 2, size=(4000, 4))
+    inside = [low <= 3 <= high for _, low, high, _ in (mean_interval(list(row), 0.9) for row in draws)]
+    assert np.mean(inside) == pytest.approx(0.9, abs=0.015)
+
+
+def test_mean_interval_of_one_value_is_none():
+    assert mean_interval([0.5]) == (0.5, -inf, inf, 1)
+    assert mean_interval([0.1] * 5)[1:] == (pytest.approx(0.1), pytest.approx(0.1), 5)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, float("nan")], [inf]])
+def test_mean_interval_refuses(values):
+    with pytest.raises(ValueError, match="mean_interval: values must be at least one finite number"):
+        mean_interval(values)
+
+
+def test_paired_difference():
+    # The sleep of ten patients under two drugs (Student, 1908).
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    difference, low, high, p_value, n = paired_difference(first, second)
+    assert (difference, n) == (pytest.approx(1.58), 10)
+    assert (low, high) == pytest.approx((0.7001142, 2.4598858), abs=1e-6)
+    assert p_value == pytest.approx(0.00283289, abs=1e-7)
+    back = paired_difference(second, first)
+    assert (back.difference, back.low, back.high) == (-difference, -high, -low)
+    assert back.p_value == p_value
+
+
+def test_paired_difference_without_spread():
+    assert paired_difference([1, 2, 3], [1, 2, 3]) == (0, 0, 0, 1, 3)
+    assert paired_difference([0, 1], [1, 2]) == (1, 1, 1, 0, 2)
+    assert paired_difference([0.2], [0.9]) == (pytest.approx(0.7), -inf, inf, 1, 1)
+
+
+def test_paired_difference_refuses():
+    with pytest.raises(ValueError, match="paired_difference: first, second must be equally many"):
+        paired_difference([1, 2], [1])
+    with pytest.raises(ValueError, match="paired_difference: first and second must have at least one value"):
+        paired_difference([], [])
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1, 1]
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []

@@ -108,6 +108,13 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "choice(steps=2)": _recipes(800),
 }
 
+# Whose skill is not finished: what Self-Explore begins with.
+UNFINISHED: dict[str, dict[str, Recipe]] = {"chain(steps=4)": {"unfinished": Recipe(clean_steps=250, mixed_steps=100)}}
+
+
+def recipe_of(task: str, name: str) -> Recipe:
+    return (RECIPES | UNFINISHED)[task][name]
+
 
 def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
     return characters(task.alphabet)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from latro.study import bases
+from latro.study import bases, tables
+from latro.study import document as documents
 from latro.study.bases import RECIPES
 from latro.study.methods import Budget
 from latro.study.plan import EXPERIMENTS, QUICK_TASK, SEEDS, SIZES, cells_of, first_recipe, last_recipe, quick_cells
-from latro.study.records import collapsed, predicted
-from latro.study.run import Scale, study
+from latro.study.records import Study, collapsed, predicted
+from latro.study.run import Scale, read, study
 
 QUICK_SEEDS = 2
 QUICK = Scale(Budget(updates=40, looks=2), test_questions=256, watched_questions=48)
@@ -24,8 +24,9 @@ def run(
     seeds: int | None,
     sizes: Sequence[str] | None,
     processes: int,
-) -> list[dict[str, Any]]:
-    """Of what is None, all."""
+    report: bool = False,
+) -> Study:
+    """Of what is None, all. report: run nothing, what is missing is said."""
     experiments, tasks, sizes = experiments or list(EXPERIMENTS), tasks or list(RECIPES), sizes or SIZES
     for name, given, known in (
         ("experiments", experiments, EXPERIMENTS),
@@ -35,7 +36,19 @@ def run(
         unknown = [one for one in given if one not in known]
         if unknown:
             raise ValueError(f"study: {name} must be some of {list(known)}, got {unknown[0]!r}")
-    return study(folder, cells_of(experiments, tasks, seeds or SEEDS, sizes), Scale(), processes)
+    seeds = SEEDS if seeds is None else seeds
+    if not report:
+        study(folder, cells_of(experiments, tasks, seeds, sizes), Scale(), processes)
+    return Study(read(folder), {name: cells_of([name], tasks, seeds, sizes) for name in EXPERIMENTS})
+
+
+def shown(found: Study) -> str:
+    return tables.methods(found)
+
+
+def write(document: Path, found: Study) -> list[Path]:
+    """-> the files that changed."""
+    return documents.write(document, found)
 
 
 def quick(folder: Path, *, seeds: int, processes: int) -> list[str]:

@@ -49,6 +49,7 @@ def right(evaluation: Evaluation) -> dict[str, str]:
     return {
         name: f"{int(''.join('1' if value else '0' for value in columns[name]), 2):x}"
         for name in ("accuracy", f"majority@{VOTES}")
+        if name in columns
     }
 
 

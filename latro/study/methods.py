@@ -16,19 +16,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from latro.config import LatroConfig
+from latro.config import OBJECTIVE_OPTIONS, LatroConfig
 from latro.data import Example
-from latro.explore.explorer import Explorer
-from latro.explore.rejection import rejection_samples
-from latro.explore.steps import reading_for
+from latro.explore import Explorer, Search, configs, reading_for, rejection_samples, self_explore
 from latro.grading import Grader, graders_for
 from latro.progress import Progress
 from latro.rollout import LocalEngine, Sample
+from latro.study.measure import right
 from latro.tasks import Task, named
 from latro.text import Text, end_of_answer
 from latro.trainer import LatroTrainer
 
+GOLDEN, PROBLEMS = 100, 1200  # examples that Self-Explore imitates at first, and that it samples
+VISITS = 8  # of TRICE to each of its examples
 ROOM = 1.5  # a completion may be so much longer than the longest golden one
+SHOWN = ("objective", "learning_rate", "num_generations", *OBJECTIVE_OPTIONS)
 LOGGED = ("reward", "rationale_length", "answer_logp", "kl", "grad_norm", "correct")
 
 
@@ -36,7 +38,7 @@ LOGGED = ("reward", "rationale_length", "answer_logp", "kl", "grad_norm", "corre
 class Budget:
     """What every method may spend, and how often it is looked at meanwhile."""
 
-    updates: int = 60
+    updates: int = 48
     prompts: int = 16  # of an update
     rationales: int = 8  # of a prompt
     learning_rate: float = 1e-3
@@ -69,7 +71,9 @@ class Run:
     look: Callable[[int], object] = lambda update: None
     cost: Cost = field(default_factory=Cost)
     log: list[dict[str, float]] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)  # of the last training
+    options: dict[str, Any] = field(default_factory=dict)  # of the last training, those of SHOWN
+    tested: Sequence[Example] = ()  # questions that every stage of a method of several is asked
+    stages: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> Text:
@@ -85,29 +89,31 @@ class Run:
 
     def fit(self, examples: Sequence[Example], **options: Any) -> None:
         """Train on the examples by LatroTrainer."""
-        self.options = options
         with tempfile.TemporaryDirectory() as folder:
-            engine = Counting(self.model, self.cost)
-            looks = Looks(self)
+            config, looks = LatroConfig(output_dir=folder, **options_of(self, options)), Looks(self)
             trainer = LatroTrainer(
                 self.model,
-                config_of(self, Path(folder), options),
+                config,
                 examples,
                 processing_class=self.tokenizer,
-                engine=engine,
+                engine=Counting(self.model, self.cost),
                 callbacks=[looks],
             )
             trainer.remove_callback(Progress)
             begun = time.process_time()
             trainer.train()
             self.cost.seconds += time.process_time() - begun - looks.seconds
-        self.cost.updates += trainer.state.global_step
-        lines = [line for line in trainer.state.log_history if "loss" in line]
-        self.cost.trained_tokens += int(lines[-1]["num_tokens"])
+        self.options = {name: getattr(config, name) for name in SHOWN if getattr(config, name) is not None}
+        self.count(trainer.state.log_history, trainer.state.global_step)
+        self.model.eval()
+
+    def count(self, log: Sequence[Mapping[str, Any]], updates: int) -> None:
+        lines = [line for line in log if "num_tokens" in line]
+        self.cost.updates += updates
+        self.cost.trained_tokens += sum(int(line["num_tokens"]) for line in lines[-1:])
         self.log += [
             {"step": line["step"], **{name: round(line[name], 5) for name in LOGGED if name in line}} for line in lines
         ]
-        self.model.eval()
 
 
 class Counting(LocalEngine):
@@ -156,34 +162,31 @@ def tokens_needed(task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(ROOM * longest)
 
 
-def config_of(run: Run, folder: Path, options: Mapping[str, Any]) -> LatroConfig:
+def options_of(run: Run, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of LatroConfig: the study's, and over them these."""
     budget, task = run.budget, run.task
-    chosen = {
+    if options.get("objective") == "latro":
+        options = {"truncation_penalty": 0.0, **options}
+    return {
+        "seed": run.seed,
+        "max_steps": budget.updates,
         "learning_rate": budget.learning_rate,
+        "per_device_train_batch_size": budget.prompts,
         "num_generations": budget.rationales,
         "max_completion_length": run.max_tokens,
+        "rollout_batch_size": 1024,
+        "answer_template": task.answer_template,
+        "stop_strings": [task.stop_string],
+        "separator": task.separator,
+        "logging_steps": max(1, budget.updates // budget.looks),
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "log_completions": False,
+        "disable_tqdm": True,
+        "report_to": [],
+        "use_cpu": not torch.cuda.is_available(),
         **options,
     }
-    if chosen.get("objective", "latro") == "latro":
-        chosen.setdefault("truncation_penalty", 0.0)
-    return LatroConfig(
-        output_dir=str(folder),
-        seed=run.seed,
-        max_steps=budget.updates,
-        per_device_train_batch_size=budget.prompts,
-        rollout_batch_size=1024,
-        answer_template=task.answer_template,
-        stop_strings=[task.stop_string],
-        separator=task.separator,
-        logging_steps=10,
-        eval_strategy="no",
-        save_strategy="no",
-        log_completions=False,
-        disable_tqdm=True,
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        **chosen,
-    )
 
 
 # The methods
@@ -219,6 +222,37 @@ def rft(run: Run, changed: Mapping[str, Any]) -> None:
     run.fit(kept, objective="sft_golden", **changed)
 
 
+def explored(run: Run, changed: Mapping[str, Any]) -> None:
+    """Self-Explore, whole, from a few golden rationales; beside it DPO on whole pairs, which is not counted."""
+    begun, updates = time.process_time(), run.budget.updates
+    with tempfile.TemporaryDirectory() as folder:
+        preferring = {"max_steps": max(1, updates * 2 // 5), "learning_rate": 3e-5, **changed}
+        found = self_explore(
+            run.model,
+            run.tokenizer,
+            run.examples[:PROBLEMS],
+            Path(folder),
+            configs(Path(folder), options_of(run, {}), dpo=preferring, also_dpo=bool(run.tested)),
+            golden=run.examples[:GOLDEN],
+            evaluation=run.tested,
+            reading=reading_for(run.dataset),
+            search=Search(samples=run.budget.rationales),
+            engine=lambda model: Counting(model, run.cost),
+        )
+    run.cost.seconds += time.process_time() - begun
+    run.model = found.model
+    for name, stage in found.stages.items():
+        run.count(stage.log, stage.updates if name != "dpo" else 0)
+        if stage.evaluation is not None:
+            run.stages[name] = {"accuracy": stage.evaluation.metrics()["accuracy"], **right(stage.evaluation)}
+    run.stages["counts"] = found.counts
+
+
+def from_memory(run: Run, changed: Mapping[str, Any]) -> None:
+    """TRICE on fewer examples, which it comes back to: what a chain has from its last visit is what it learns from."""
+    run.fit(run.examples[: len(run.examples) // VISITS], objective="trice", **changed)
+
+
 METHODS: dict[str, Method] = {
     "base": Method(leave),
     "sft_answers": Method(by("sft_answers")),
@@ -236,8 +270,9 @@ METHODS: dict[str, Method] = {
     "rloo": Method(by("rloo")),
     "star": Method(by("star")),
     "rft": Method(rft),
-    "trice": Method(by("trice")),
+    "trice": Method(from_memory),
     "dpo": Method(by("dpo")),
     "ranked_dpo": Method(by("ranked_dpo")),
     "spin": Method(by("spin")),
+    "self_explore": Method(explored),
 }

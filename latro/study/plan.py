@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from latro.study.bases import RECIPES
+from latro.study.bases import RECIPES, UNFINISHED
 from latro.study.methods import METHODS
 from latro.tasks import named
 
@@ -30,7 +30,6 @@ AGAINST_COLLAPSE = (
     "gain",
     "verifree",
     "jepo_multi",
-    "rlpr",
 )
 BY_SIZE = ("base", "sft_answers", "latro_no_answer", "gain", "sft_golden")
 # What is varied, one option at a time, of LaTRO without the answer's own likelihood.
@@ -107,6 +106,12 @@ def _feedback(tasks: Sequence[str], seed: int, sizes: Sequence[str]) -> Iterator
         yield from _changed(tasks[:1], name, seed, [(), *((("wrong_answers", share),) for share in WRONG)])
 
 
+def _explore(tasks: Sequence[str], seed: int, sizes: Sequence[str]) -> Iterator[Cell]:
+    """Self-Explore from bases whose skill is not finished, stage by stage."""
+    for task, recipes in UNFINISHED.items():
+        yield from (Cell(task, name, "self_explore", seed, SMALL, (("updates", 150),)) for name in recipes)
+
+
 def _changed(
     tasks: Sequence[str], method: str, seed: int, changes: Sequence[tuple[tuple[str, Any], ...]]
 ) -> Iterator[Cell]:
@@ -129,6 +134,7 @@ EXPERIMENTS = {
     "stability": _stability,
     "lengths": _lengths,
     "feedback": _feedback,
+    "explore": _explore,
     "sizes": _sizes,
 }
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from latro.data import Example
 from latro.study import measure
-from latro.study.bases import RECIPES, tokenizer_of, train_bases
+from latro.study.bases import UNFINISHED, recipe_of, tokenizer_of, train_bases
 from latro.study.methods import METHODS, Budget, Run, tokens_needed
 from latro.study.plan import Cell
 from latro.tasks import Task, named
@@ -37,8 +37,8 @@ class Scale:
     """How much is asked and trained."""
 
     budget: Budget = Budget()
-    test_questions: int = 512
-    watched_questions: int = 96
+    test_questions: int = 256
+    watched_questions: int = 64
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _work(folder: Path, job: Cell | Bases, scale: Scale) -> dict[str, Any] | Non
 def make_bases(folder: Path, bases: Bases) -> None:
     """With tokenizer, each in a folder that is there only when it is whole."""
     tokenizer = tokenizer_of(named(bases.task))
-    recipes = {name: RECIPES[bases.task][name] for name in bases.recipes}
+    recipes = {name: recipe_of(bases.task, name) for name in bases.recipes}
     for recipe, model in train_bases(named(bases.task), bases.seed, recipes, bases.size).items():
         to = _base_of(folder, Cell(bases.task, recipe, "base", bases.seed, bases.size))
         unfinished = to.with_name(to.name + ".unfinished")
@@ -156,24 +156,27 @@ def measured(cell: Cell, scale: Scale, model: PreTrainedModel, tokenizer: Any) -
     """Train the base as the cell says, and measure what came of it."""
     task, changed = named(cell.task), dict(cell.changed)
     max_tokens = tokens_needed(task, tokenizer)
-    examples = with_wrong_answers(task, cell.seed, scale.budget.examples, changed.pop("wrong_answers", 0.0))
+    budget = replace(scale.budget, updates=changed.pop("updates", scale.budget.updates))
+    examples = with_wrong_answers(task, cell.seed, budget.examples, changed.pop("wrong_answers", 0.0))
+    tested = questions(task, cell.seed, scale.test_questions, "test")
     if "cap" in changed:
         changed["max_completion_length"] = round(changed.pop("cap") * max_tokens)
-    run = Run(model, tokenizer, cell.task, examples, cell.seed, scale.budget, max_tokens)
+    run = Run(model, tokenizer, cell.task, examples, cell.seed, budget, max_tokens)
     watched = questions(task, cell.seed, scale.watched_questions, "validation")
     curve: list[dict[str, float]] = []
 
     def ask(asked: Sequence[Example]) -> Any:
-        return measure.ask(model, run.text, run.grader, asked, max_tokens)
+        return measure.ask(run.model, run.text, run.grader, asked, max_tokens)
 
     run.look = lambda update: curve.append(measure.look(ask(watched), update))
     run.look(0)
+    if cell.recipe in UNFINISHED.get(cell.task, {}):
+        run.tested = tested
     failed = None
     try:
         METHODS[cell.method].train(run, changed)
     except FloatingPointError as error:
         failed = str(error)
-    tested = questions(task, cell.seed, scale.test_questions, "test")
     evaluation = ask(tested)
     return {
         "key": cell.key,
@@ -183,12 +186,13 @@ def measured(cell: Cell, scale: Scale, model: PreTrainedModel, tokenizer: Any) -
         "options": run.options,
         "metrics": measure.metrics_of(evaluation, run.text),
         "right": measure.right(evaluation),
-        "by_step": measure.by_step(model, run.text, task, evaluation, tested),
+        "by_step": measure.by_step(run.model, run.text, task, evaluation, tested),
         "calibration": measure.calibration(evaluation),
         "margin": measure.margin(model, run.text, watched, max_tokens) if cell.method == "base" else None,
         "curve": curve,
         "log": run.log,
         "cost": vars(run.cost),
+        "stages": run.stages,
         "cases": measure.cases(evaluation, tested, task, cell.seed) if cell.seed == 0 else [],
         **({} if failed is None else {"failed": failed}),
     }
