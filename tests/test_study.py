@@ -198,6 +198,46 @@ def test_the_margin_is_of_full_rationales_less_none(base):
     assert exp(found) < 1e6
 
 
-@pytest.mark.slow
-def test_the_signs_of_a_small_study(tmp_path):
-    assert command.quick(tmp_path, seeds=1, processes=2) == []
+# Signs
+
+
+def results_of(seeds=1):
+    """As a study that went well has them: by recipe and method, accuracy, length and margin."""
+    first, last = plan.first_recipe(plan.QUICK_TASK), plan.last_recipe(plan.QUICK_TASK)
+    found = {
+        (first, "base"): (0.2, 1.0, 1.9),
+        (first, "sft_answers"): (0.1, 0.0, None),
+        (first, "latro_no_answer"): (1.0, 18.0, None),
+        (first, "sft_golden"): (1.0, 18.0, None),
+        (last, "base"): (0.2, 2.0, -1.8),
+        (last, "latro"): (0.1, 0.0, None),
+    }
+    return [result_of(cell, *found[cell.recipe, cell.method]) for cell in plan.quick_cells(seeds)]
+
+
+def result_of(cell, accuracy, length, margin):
+    named_so = {name: getattr(cell, name) for name in ("task", "recipe", "method", "seed")}
+    return {**named_so, "metrics": {"accuracy": accuracy, "rationale_length": length}, "cost": {}, "margin": margin}
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "sign"),
+    [
+        (2, {"accuracy": 0.15}, "LaTRO is above its base"),
+        (1, {"accuracy": 1.0}, "LaTRO is above fine-tuning on answers"),
+        (3, {"accuracy": 0.2}, "fine-tuning on golden rationales is above its base"),
+        (0, {"margin": -0.6}, "the gate lets guessing pass"),
+        (4, {"margin": 0.0}, "the gate stops sloppy"),
+        (2, {"rationale_length": 1.0}, "LaTRO keeps the rationales of guessing"),
+        (5, {"rationale_length": 17.0}, "LaTRO as published removes the rationales of sloppy"),
+    ],
+)
+def test_a_wrong_sign_is_told(tmp_path, monkeypatch, place, change, sign):
+    results = results_of(2)
+    monkeypatch.setattr(command, "study", lambda *_: results)
+    assert command.quick(tmp_path, seeds=2, processes=1) == []
+    wrong = results[6 + place]
+    for name, value in change.items():
+        (wrong if name == "margin" else wrong["metrics"])[name] = value
+    assert sign in " ".join(command.quick(tmp_path, seeds=2, processes=1))
+    assert all(one.startswith("seed 1: ") for one in command.quick(tmp_path, seeds=2, processes=1))
