@@ -25,6 +25,7 @@ OBJECTIVE_OPTIONS = {
     "truncation_penalty": "truncation_penalty",
     "truncation_reward": "truncation_reward",
     "mask_truncated_completions": "mask_truncated",
+    "mask_stop": "mask_stop",
 }
 
 
@@ -76,6 +77,9 @@ class LatroConfig(TrainingArguments):
     reward_weights: list[float] | None = _option(None, "one for each of reward_funcs; 1 by default")
     normalize_advantages: str | None = _option(
         None, "divide advantages by the rewards' deviation in the group, or batch, or by none"
+    )
+    mask_stop: bool = _option(
+        False, "leave the answer's first token, which ends the rationale, out of the term of answer_weight"
     )
     mask_truncated_completions: bool = _option(False, "give no loss to rationales that were cut off")
     truncation_penalty: float | None = _option(None, "how a rationale that was cut off is punished")

@@ -28,8 +28,8 @@ SHRUNK = 0.25  # of its first length: a rationale that is on its way out
 SPAN = 10  # updates that a length is averaged over
 
 REMEDY = (
-    "set answer_weight to 0 and perhaps reward_floor to about -2.5, raise beta, or first teach the model to reason by "
-    "fine-tuning it on rationales of its own that led to the answer"
+    "set mask_stop to true or answer_weight to 0, and reward_floor to about -2.5, or first teach the model to reason "
+    "by fine-tuning it on rationales of its own that led to the answer"
 )
 
 

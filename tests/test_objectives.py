@@ -119,6 +119,11 @@ def latro(p):
     return -mean([advantage[r] * p.z[r] + p.y[r] for r in range(p.R)])
 
 
+def latro_without_stop(p):
+    advantage = p.loo([p.y[r] + p.bonus[r] - 0.05 * p.ratio[r] for r in range(p.R)])
+    return -mean([advantage[r] * p.z[r] + p.y_tokens[r][1:].sum() for r in range(p.R)])
+
+
 def jepo(p):
     advantage = p.loo([p.y[r] + p.bonus[r] for r in range(p.R)])
     reward = [p.y[r] + p.bonus[r] for r in range(p.R)]
@@ -265,6 +270,22 @@ def test_the_value_is_that_of_the_published_loss(name):
     objective, logps, scored, extras, published, _ = case(name)
     ours = objective(logps, scored, extras)
     torch.testing.assert_close(ours, published(Plain(logps, scored, extras)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_masked_stop_is_not_trained_but_rewarded():
+    logps, scored, extras, _ = inputs(0)
+    logps.requires_grad_()
+    plain = Plain(logps, scored, extras)
+    ours = Latro(mask_stop=True)(logps, scored, extras)
+    assert any(len(tokens) > 1 for tokens in plain.y_tokens) and any(len(tokens) == 1 for tokens in plain.y_tokens)
+    torch.testing.assert_close(
+        gradient(ours, logps), gradient(latro_without_stop(plain), logps), rtol=1e-10, atol=1e-12
+    )
+    rewards = [
+        objective.reward_and_advantage(Sums(logps, scored, extras["ref_logps"]), extras)[0]
+        for objective in (Latro(mask_stop=True), Latro())
+    ]
+    assert torch.equal(*rewards)
 
 
 def softmax_in_groups(p):
@@ -455,6 +476,7 @@ COUPLED = [
     *((name, *CASES[name][:2]) for name in CASES),
     ("latro by group", Latro(scale="group"), {}),
     ("latro by batch", Latro(scale="batch"), {}),
+    ("latro, stop masked", Latro(mask_stop=True), {}),
     ("latro, mean of the truncated", Latro(truncation_penalty=2.0, truncation_reward="mean"), {}),
     ("jepo by batch", Jepo(scale="batch", advantage_clip=1e9), {}),
 ]
@@ -820,6 +842,7 @@ def test_examples_that_cannot_give_it_are_refused_before_training(name, change, 
             {"mask_truncated_completions": True},
             "mask_truncated_completions must not be given with objective dpo",
         ),
+        ("jepo", {"mask_stop": True}, "mask_stop must not be given with objective jepo"),
         ("gain", {"normalize_advantages": "group"}, "normalize_advantages must not be given with objective gain"),
         ("jepo", {"preset": "code"}, "preset must not be given with objective jepo: it is latro's"),
         ("dpo", {"beta": 0.0}, "Dpo: beta must be > 0"),

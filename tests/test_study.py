@@ -72,7 +72,7 @@ class Nothing:
 def test_every_objective_is_studied():
     tasks = list(bases.RECIPES)
     found = {cell.method for cell in cells_of(["methods"], tasks, 1, [plan.SMALL])}
-    named_so = {"latro_no_answer", "latro_floor", "base", "self_explore"}
+    named_so = {"latro_masked_stop", "latro_no_answer", "latro_floor", "base", "self_explore"}
     assert set(OBJECTIVES) <= found
     assert found == set(METHODS) == set(OBJECTIVES) | named_so
 
@@ -131,7 +131,9 @@ def test_results_of_another_scale_are_refused(tmp_path, shortened):
 # Cells
 
 
-@pytest.mark.parametrize("method", ["base", "sft_answers", "latro", "rft", "gain", "spin", "self_explore"])
+@pytest.mark.parametrize(
+    "method", ["base", "sft_answers", "latro", "latro_masked_stop", "rft", "gain", "spin", "self_explore"]
+)
 def test_a_method_is_measured(base, method):
     model, tokenizer = base
     result = measured(Cell(TASK, "-", method, 0), TINY, copy.deepcopy(model), tokenizer)
@@ -143,7 +145,9 @@ def test_a_method_is_measured(base, method):
     assert result["curve"][0]["step"] == 0
     trained = method != "base"
     assert (cost["trained_tokens"] > 0) == trained == (cost["updates"] > 0)
-    assert (cost["sampled_tokens"] > 0) == (method in ("latro", "rft", "gain", "spin", "self_explore"))
+    assert (cost["sampled_tokens"] > 0) == (
+        method in ("latro", "latro_masked_stop", "rft", "gain", "spin", "self_explore")
+    )
     assert (result["margin"] is None) == trained
     assert len(result["cases"]) == 6
 

@@ -55,6 +55,7 @@ OUTCOMES = {
     "base": (0.25, 0.3),
     "sft_answers": (0.3, 0.0),
     "latro": (0.9, 0.8),
+    "latro_masked_stop": (0.94, 0.95),
     "latro_no_answer": (0.95, 0.95),
     "latro_floor": (0.97, 1.0),
     "gain": (0.96, 1.0),
@@ -108,7 +109,10 @@ def plan(tasks=TASKS, seeds=3):
         "recipes": [
             Cell(*rest)
             for rest in product(
-                tasks, RECIPES, ("base", "sft_answers", "latro", "latro_no_answer", "latro_floor", "gain"), numbers
+                tasks,
+                RECIPES,
+                ("base", "sft_answers", "latro", "latro_masked_stop", "latro_no_answer", "latro_floor", "gain"),
+                numbers,
             )
         ],
         "sizes": [
@@ -335,7 +339,7 @@ def test_methods_are_means_over_seeds(whole):
 
 def test_claims_are_corrected_for_all_of_their_tests(whole):
     rows = rows_of(claims(whole))[1:]
-    assert len(rows) == len(TASKS) * len(RECIPES)
+    assert len(rows) == len(TASKS) * len(RECIPES) * len(CLAIMED)
     by_hand = []
     for one in compared(whole, lambda method: method in CLAIMED):
         of_methods = {
@@ -343,7 +347,7 @@ def test_claims_are_corrected_for_all_of_their_tests(whole):
             for method, runs in by_method(whole.of("recipes", task=one.task, recipe=one.recipe)).items()
         }
         for against, (difference, better) in zip(AGAINST, one.differences, strict=True):
-            assert difference == paired_difference(of_methods[against], of_methods["latro_floor"])
+            assert difference == paired_difference(of_methods[against], of_methods[one.method])
             assert better == 3
             by_hand.append(difference.p_value)
     adjusted = holm(by_hand)
@@ -359,7 +363,7 @@ def test_a_difference_is_bold_only_where_it_is_significant():
 
     text = plain(claims(study_of(plan(), change=equal)))
     lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    assert all(("**" in line) == (line.startswith("| cups |")) for line in lines)
+    assert all(("**" in line) == (line.startswith("| cups |") and LABELS["latro_floor"] in line) for line in lines)
     assert "| +0.0 (+0.0 to +0.0) | 1.000 | 0 of 3 |" in lines[0]
 
 
@@ -631,7 +635,7 @@ def test_failures_are_shown_and_counted():
 
     study = study_of(plan(), change=fail)
     text = TABLES_AND_CASES["failures"](study)
-    assert text.startswith("8 of 120 such questions")
+    assert text.startswith("8 of 240 such questions")
     rows = rows_of(text)[1:]
     assert len(rows) == 8
     assert {row[1] for row in rows} == {"sloppy"}

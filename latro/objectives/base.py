@@ -50,6 +50,13 @@ class Sums:
         return self._per_rationale(self.logps, ANSWER)
 
     @property
+    def answer_behind_stop(self) -> Tensor:
+        """ℓy without the first token of the answer, which is the one that ends the rationale."""
+        segment = self.scored.segment
+        goes_on = torch.cat([segment.new_zeros(1, dtype=torch.bool), segment[1:] == segment[:-1]])
+        return self._per_rationale(torch.where(goes_on, self.logps, 0), ANSWER)
+
+    @property
     def kl(self) -> Tensor:
         """ℓz − ℓz under the reference; 0 without one."""
         if self.ref_logps is None:

@@ -43,6 +43,8 @@ class Latro(PolicyGradient):
         r_k  = clip(max(ℓy_k, floor) + bonus_k) − β KL_k, less what a rationale that was cut off is punished by
         loss = −mean_k kept_k [LOO(r)_k ℓz_k + λ ℓy_k]                   LOO divided by a deviation on request
 
+    mask_stop leaves the first token of y out of λ ℓy: it ends the rationale, and the term would teach to end rationales
+    where they were ended, at once where most were empty. In the reward it stays.
     Of extras it reads ref_logps [M], bonus [R] and truncated [R] (whether a rationale was cut off).
     """
 
@@ -54,6 +56,7 @@ class Latro(PolicyGradient):
     truncation_penalty: float = 0.0
     truncation_reward: Literal["subtract", "mean"] = "subtract"
     mask_truncated: bool = False
+    mask_stop: bool = False
 
     @property
     def couples(self) -> Literal["group", "batch"]:
@@ -84,7 +87,7 @@ class Latro(PolicyGradient):
         return reward, self.advantage(reward, sums.scored)
 
     def answer_term(self, sums: Sums, extras: Extras) -> Tensor:
-        return self.answer_weight * sums.answer
+        return self.answer_weight * (sums.answer_behind_stop if self.mask_stop else sums.answer)
 
     def kept(self, terms: Tensor, extras: Extras) -> Tensor:
         return terms * ~extras["truncated"] if self.mask_truncated else terms

@@ -36,6 +36,7 @@ STYLES = {
     "sft_answers": Style(1),
     "sft_golden": Style(9),
     "latro": Style(2, "5 4"),
+    "latro_masked_stop": Style(2, "2 3"),
     "latro_no_answer": Style(2),
     "latro_floor": Style(3),
     "gain": Style(5),
@@ -53,7 +54,7 @@ APART = (1, 2, 5, 7, 9, 6)  # colours of what is no method
 CURVES = ("sft_answers", "latro", "latro_no_answer", "latro_floor", "gain", "rloo", "sft_golden")
 CALIBRATED = ("base", "sft_answers", "latro_no_answer", "latro_floor", "sft_golden")
 STEPPED = ("base", "latro_no_answer", "latro_floor", "sft_golden")
-GATED = ("latro", "latro_no_answer", "latro_floor", "gain")
+GATED = ("latro", "latro_masked_stop", "latro_no_answer", "gain")
 
 ACCURACY, LENGTH = "greedy accuracy, %", "length, % of golden"
 

@@ -258,6 +258,7 @@ METHODS: dict[str, Method] = {
     "sft_answers": Method(by("sft_answers")),
     "sft_golden": Method(by("sft_golden")),
     "latro": Method(by("latro", answer_weight=1.0)),
+    "latro_masked_stop": Method(by("latro", answer_weight=1.0, mask_stop=True)),
     "latro_no_answer": Method(by("latro", answer_weight=0.0)),
     "latro_floor": Method(by("latro", answer_weight=0.0, reward_floor=-2.5)),
     "gain": Method(by("gain", reward_floor=0.0)),

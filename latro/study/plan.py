@@ -25,6 +25,7 @@ AGAINST_COLLAPSE = (
     "base",
     "sft_answers",
     "latro",
+    "latro_masked_stop",
     "latro_no_answer",
     "latro_floor",
     "gain",

@@ -24,6 +24,7 @@ LABELS = {
     "base": "base",
     "sft_answers": "SFT, answers",
     "latro": "LaTRO, λ=1",
+    "latro_masked_stop": "LaTRO, λ=1, stop masked",
     "latro_no_answer": "LaTRO, λ=0",
     "latro_floor": "LaTRO, λ=0, floor",
     "gain": "gain",

@@ -47,7 +47,7 @@ from latro.study.records import (
 from latro.watch import DANGER
 
 LEVEL = 0.05
-CLAIMED = ("latro_floor",)  # the methods of which it is claimed that they beat those below
+CLAIMED = ("latro_floor", "gain")  # the methods of which it is claimed that they beat those below
 AGAINST = ("base", "sft_answers")
 STAGES = {
     "base": "base",
