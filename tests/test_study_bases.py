@@ -105,7 +105,7 @@ def test_recipes_of_other_clean_phases_keep_their_order():
     assert same(found["sloppy"], train_bases(CHAIN, 0, TWO)["sloppy"])
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("0.15M", 0.15e6), ("1M", 1e6), ("5M", 5e6)])
+@pytest.mark.parametrize(("size", "parameters"), [("0.15M", 0.15e6), ("1M", 1e6), ("5M", 5e6), ("40M", 40e6)])
 def test_sizes(size, parameters):
     model = bases.new_model(0, tokenizer_of(CHAIN), SIZES[size])
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(parameters, rel=0.05)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from latro.statistics import holm, paired_difference
-from latro.study import tables
+from latro.study import command, tables
 from latro.study.cases import CASES
 from latro.study.document import DocumentError, filled, stale, write
 from latro.study.figures import FIGURES
@@ -644,3 +644,10 @@ def test_failures_are_shown_and_counted():
 
 
 TABLES_AND_CASES = {**TABLES, **CASES}
+
+
+def test_the_page_has_what_the_committed_results_give():
+    root = Path(__file__).parent.parent
+    found = command.found_in(root / "bench/results/2026-11-22-study")
+    assert found.results
+    assert stale(root / "docs/study.md", found) == [], "latro study --report --document docs/study.md makes it anew"

@@ -49,6 +49,7 @@ SIZES: dict[str, Size] = {
     "0.15M": Size(64, 3, 4),
     "1M": Size(128, 5, 4, steps=0.75),
     "5M": Size(256, 6, 8, steps=0.4),
+    "40M": Size(512, 12, 8, steps=0.4),  # for a GPU
 }
 SMALL = "0.15M"
 
@@ -202,6 +203,7 @@ class Training:
     """A model on its way to a base."""
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+        model.to(device())  # type: ignore[arg-type]
         self.model, self.tokenizer, self.recipe = model.train(), tokenizer, recipe
         self.learning_rate = recipe.learning_rate * SIZES[SMALL].width / model.config.hidden_size
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -213,13 +215,17 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * _warm_then_decayed(self.step, self.recipe.steps)
             batch = encode(list(islice(texts, self.recipe.batch_size)), self.tokenizer)
-            loss = self.model(**batch).loss
+            loss = self.model(**{name: tokens.to(self.model.device) for name, tokens in batch.items()}).loss
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
             progress(self.step, loss.item())
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _warm_then_decayed(step: int, steps: int) -> float:

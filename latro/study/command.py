@@ -39,6 +39,13 @@ def run(
     seeds = SEEDS if seeds is None else seeds
     if not report:
         study(folder, cells_of(experiments, tasks, seeds, sizes), Scale(), processes)
+    return found_in(folder, tasks, seeds, sizes)
+
+
+def found_in(
+    folder: Path, tasks: Sequence[str] = tuple(RECIPES), seeds: int = SEEDS, sizes: Sequence[str] = SIZES
+) -> Study:
+    """The results that are there, beside all that is planned."""
     return Study(read(folder), {name: cells_of([name], tasks, seeds, sizes) for name in EXPERIMENTS})
 
 

@@ -69,9 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", default=SMALL, choices=list(SIZES))
     options = parser.parse_args(arguments)
-    # As many threads whatever the machine, so that the seed alone decides.
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         for task in options.tasks:
@@ -82,4 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # As many threads whatever the machine, so that the seed alone decides.
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     main()

@@ -244,7 +244,7 @@ def explored(run: Run, changed: Mapping[str, Any]) -> None:
     for name, stage in found.stages.items():
         run.count(stage.log, stage.updates if name != "dpo" else 0)
         if stage.evaluation is not None:
-            run.stages[name] = {"accuracy": stage.evaluation.metrics()["accuracy"], **right(stage.evaluation)}
+            run.stages[name] = {"accuracy": stage.evaluation.metrics()["accuracy"], "right": right(stage.evaluation)}
     run.stages["counts"] = found.counts
 
 

@@ -9,11 +9,14 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import random
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from latro.data import Example
+from latro.launch import versions
 from latro.study import measure
-from latro.study.bases import UNFINISHED, recipe_of, tokenizer_of, train_bases
+from latro.study.bases import UNFINISHED, device, recipe_of, tokenizer_of, train_bases
 from latro.study.methods import METHODS, Budget, Run, tokens_needed
 from latro.study.plan import Cell
 from latro.tasks import Task, named
 
-RESULTS, BASES = "results.jsonl", "bases"
+RESULTS, BASES, ABOUT = "results.jsonl", "bases", "about.json"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Bases:
 def study(folder: Path, cells: Sequence[Cell], scale: Scale, processes: int) -> list[dict[str, Any]]:
     """-> the results of these cells, those of former runs among them."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / ABOUT).exists():
+        (folder / ABOUT).write_text(json.dumps(about(), indent=1) + "\n")
     cells = list(dict.fromkeys(cells))
     found = read(folder)
     for result in found.values():
@@ -83,6 +89,24 @@ def study(folder: Path, cells: Sequence[Cell], scale: Scale, processes: int) -> 
                     bar.update()
                     bar.set_postfix_str(f"{job.key}: {result['metrics']['accuracy']:.3f}")
     return [found[cell.key] for cell in cells]
+
+
+def about() -> dict[str, Any]:
+    """Where and with what a study was begun."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "device": device,
+        "cores": os.cpu_count(),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", path.read_text()) if path.is_file() else []
+    return names[0] if names else platform.processor()
 
 
 def _next(folder: Path, waiting: Sequence[Cell], running: Iterable[Cell | Bases]) -> Cell | Bases | None:
@@ -149,6 +173,7 @@ def _base_of(folder: Path, cell: Cell) -> Path:
 def run_cell(folder: Path, cell: Cell, scale: Scale) -> dict[str, Any]:
     base = _base_of(folder, cell)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model.to(device())  # type: ignore[arg-type]
     return measured(cell, scale, model, tokenizer)
 
 
