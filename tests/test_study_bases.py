@@ -134,7 +134,7 @@ def test_a_recipe_refuses(options, message):
 
 
 def test_an_unknown_size_is_refused():
-    with pytest.raises(ValueError, match=r"size must be one of \['0.15M', '1M', '5M'\], got '7B'"):
+    with pytest.raises(ValueError, match=r"size must be one of \['0.15M', '1M', '5M', '40M'\], got '7B'"):
         train_bases(CHAIN, 0, TWO, "7B")
 
 
