@@ -6,7 +6,7 @@ import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -16,10 +16,13 @@ import pytest
 from latro.statistics import holm, paired_difference
 from latro.study import command, tables
 from latro.study.cases import CASES
+from latro.study.comparisons import AGAINST, CLAIMED, claims, compared
 from latro.study.document import DocumentError, filled, stale, write
 from latro.study.figures import FIGURES
 from latro.study.labels import CHARACTER, LINE, place
 from latro.study.markdown import NATS, PERCENT, THOUSANDS, probability, unseen, written
+from latro.study.options import changes
+from latro.study.plan import Cell
 from latro.study.plot import Scale, between, linear, logarithmic
 from latro.study.records import (
     LABELS,
@@ -33,17 +36,7 @@ from latro.study.records import (
     kept,
     pairs,
 )
-from latro.study.tables import (
-    AGAINST,
-    CLAIMED,
-    TABLES,
-    changes,
-    claims,
-    compared,
-    methods,
-    recipes,
-    slopes,
-)
+from latro.study.tables import TABLES, methods, recipes, slopes
 from latro.tasks import named
 from latro.watch import SHRUNK
 
@@ -76,22 +69,6 @@ OUTCOMES = {
     "sft_golden": (0.99, 1.0),
 }
 STAGES = {"base": -0.4, "sft": -0.13, "rft": 0.01, "dpo": -0.02, "self_explore": 0.0}  # less than the last one has
-
-
-@dataclass(frozen=True)
-class Cell:
-    """As latro.study.plan has it."""
-
-    task: str
-    recipe: str
-    method: str
-    seed: int
-    size: str = "0.15M"
-    changed: tuple = ()
-
-    @property
-    def key(self):
-        return "/".join(map(str, (self.task, self.size, self.recipe, self.method, self.changed, self.seed)))
 
 
 def plan(tasks=TASKS, seeds=3):

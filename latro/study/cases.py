@@ -8,9 +8,9 @@ from itertools import zip_longest
 from typing import Any
 
 from latro.report.typeset import minus
+from latro.study.comparisons import CLAIMED
 from latro.study.markdown import table
 from latro.study.records import Study, label
-from latro.study.tables import CLAIMED
 
 SHOWN = 10
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from latro.report.typeset import minus
+from latro.study.options import Values, changes
 from latro.study.plot import Panel, Point, Scale, Style, between, categories, figure, linear, logarithmic
 from latro.study.records import (
     Result,
@@ -24,7 +25,7 @@ from latro.study.records import (
     pairs,
     parameters,
 )
-from latro.study.tables import Values, changes, slopes
+from latro.study.tables import slopes
 from latro.watch import DANGER, SHRUNK
 
 WIDTH, HEIGHT = 190.0, 145.0  # of a plot, of which four stand side by side

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from latro.statistics import PairedDifference, holm, mcnemar, paired_difference
+from latro.statistics import PairedDifference, paired_difference
+from latro.study.comparisons import AGAINST, claims, comparisons
 from latro.study.markdown import (
     ABSENT,
     COUNT,
@@ -17,7 +17,6 @@ from latro.study.markdown import (
     THOUSANDS,
     TOKENS,
     cell,
-    option_value,
     over_seeds,
     paragraphs,
     probability,
@@ -27,10 +26,10 @@ from latro.study.markdown import (
     unseen,
     written,
 )
+from latro.study.options import feedback, lengths, stability
 from latro.study.records import (
     Result,
     Study,
-    answers,
     by_method,
     collapsed,
     estimate,
@@ -40,15 +39,11 @@ from latro.study.records import (
     label,
     metric,
     origin,
-    pairs,
     parameters,
     predicted,
 )
 from latro.watch import DANGER
 
-LEVEL = 0.05
-CLAIMED = ("latro_floor", "gain")  # the methods of which it is claimed that they beat those below
-AGAINST = ("base", "sft_answers")
 STAGES = {
     "base": "base",
     "sft": "SFT on golden rationales",
@@ -75,8 +70,6 @@ of the sample behind which the right answer is likeliest, which takes knowing it
 answer behind greedy rationales. AUC: how often π(y | x, z) is higher for a right than for a wrong sample of the same
 question. length: tokens of greedy rationales. cut off: completions that reached the limit.
 """
-OF_CHANGES = {name: COLUMNS[name] for name in ("greedy", "T=1", "ℓy", "length")}
-VANISHED = "vanished: seeds whose greedy rationales are shorter than a quarter of golden ones."
 
 
 # The plan
@@ -165,80 +158,6 @@ def tasks(study: Study) -> str:
         parts.append(f"`{task}`, golden rationales of {golden_length(task):.1f} tokens:")
         parts.append(table(["method", *COLUMNS], rows))
     return paragraphs(*parts)
-
-
-# Comparisons
-
-
-Tested = tuple[PairedDifference, int]  # and in how many seeds McNemar's test finds the method better
-
-
-class Comparison(NamedTuple):
-    """Of a method with each of AGAINST; None where there is no seed that has both."""
-
-    task: str
-    recipe: str
-    method: str
-    differences: tuple[Tested | None, ...]
-
-
-def claims(study: Study) -> str:
-    return _comparisons(study, compared(study, lambda method: method in CLAIMED))
-
-
-def comparisons(study: Study) -> str:
-    return _comparisons(study, compared(study, lambda method: method not in (*CLAIMED, *AGAINST)))
-
-
-def compared(study: Study, chosen: Callable[[str], bool]) -> list[Comparison]:
-    """From every recipe's bases."""
-    found = []
-    groups = grouped(study.of("recipes", "methods"), lambda one: (one["task"], one["recipe"]))
-    for (task, recipe), results in groups.items():
-        runs = by_method(results)
-        for method in filter(chosen, runs):
-            differences = tuple(_difference(pairs(runs.get(against, ()), runs[method])) for against in AGAINST)
-            found.append(Comparison(task, recipe, method, differences))
-    return found
-
-
-def _difference(of_seeds: Sequence[tuple[Result, Result]]) -> Tested | None:
-    if not of_seeds:
-        return None
-    first, second = ([metric(one, "accuracy") for one in column] for column in zip(*of_seeds, strict=True))
-    tests = [mcnemar(answers(one), answers(other)) for one, other in of_seeds]
-    better = sum(p < LEVEL and b > a for p, a, b in zip(tests, first, second, strict=True))
-    return paired_difference(first, second), better
-
-
-def _comparisons(study: Study, found: Sequence[Comparison]) -> str:
-    tested = [difference for one in found for difference in one.differences if difference]
-    if not tested:
-        return "No pair of runs to compare yet."
-    adjusted = iter(holm([difference.p_value for difference, _ in tested]))
-    rows = [
-        [study.short(one.task), one.recipe, label(one.method)]
-        + [text for difference in one.differences for text in _compared(difference, adjusted)]
-        for one in found
-    ]
-    explained = f"""
-Difference of greedy accuracy, in points, between runs from the same bases: mean over seeds with its 95 % interval. p:
-Student's paired test, corrected by Holm for the {len(tested)} tests of this table; **bold** below {LEVEL}. seeds: those
-in which McNemar's test on the seed's own questions finds the method better.
-"""
-    heads = [head for against in AGAINST for head in (f"less {label(against)}", "p", "seeds")]
-    return paragraphs(explained, table(["task", "base's recipe", "method", *heads], rows, words=3))
-
-
-def _compared(found: Tested | None, adjusted: Iterator[float]) -> list[str]:
-    if found is None:
-        return [ABSENT] * 3
-    (difference, low, high, _, n), better = found
-    p, text, seeds = next(adjusted), signed(100 * difference), f"{better} of {n}"
-    if n == 1:
-        return [text, "one seed", seeds]
-    text += f" ({signed(100 * low)} to {signed(100 * high)})"
-    return [f"**{text}**" if p < LEVEL else text, probability(p), seeds]
 
 
 # Bases, and rationales that vanish
@@ -341,26 +260,6 @@ def slopes(results: Iterable[Result]) -> list[float]:
     return found
 
 
-# Options
-
-# What an option is where a method leaves it as it is, if the training's options do not say.
-LEFT_ALONE = {"cap": 1.0, "wrong_answers": 0.0, "normalize_advantages": None}
-
-Values = list[tuple[str, list[Result]]]
-
-
-def stability(study: Study) -> str:
-    return _by_option(study, "stability")
-
-
-def lengths(study: Study) -> str:
-    return _by_option(study, "lengths")
-
-
-def feedback(study: Study) -> str:
-    return _by_option(study, "feedback")
-
-
 def explore(study: Study) -> str:
     """Self-Explore, stage by stage."""
     parts = [over_seeds(study)]
@@ -391,48 +290,6 @@ def _with_interval(found: PairedDifference | None) -> str:
         return ABSENT
     interval = f" [{signed(100 * found.low)}, {signed(100 * found.high)}]" if math.isfinite(found.low) else ""
     return signed(100 * found.difference) + interval
-
-
-def _by_option(study: Study, experiment: str) -> str:
-    rows = []
-    for (task, method), options in changes(study, experiment).items():
-        for option, values in options.items():
-            for value, runs in values:
-                own = "" if any(one["changed"] for one in runs) else ", its own"
-                figures = [cell(study, runs, name, kind) for name, kind in OF_CHANGES.values()]
-                name = f"`{option}`"
-                rows.append([study.short(task), label(method), name, value + own, *figures, share(runs, collapsed)])
-    return paragraphs(
-        f"{over_seeds(study)} {VANISHED}",
-        table(["task", "method", "option", "value", *OF_CHANGES, "vanished"], rows, words=4),
-        unseen(study, experiment),
-    )
-
-
-def changes(study: Study, experiment: str) -> dict[tuple[str, str], dict[str, Values]]:
-    """By task and method, of each option that was changed: its values in order, the method's own among them, and the
-    runs of each."""
-    found = {}
-    for key, runs in grouped(study.of(experiment), lambda one: (str(one["task"]), str(one["method"]))).items():
-        options = dict.fromkeys(option for one in runs for option in one["changed"])
-        found[key] = {option: _values(runs, option) for option in options}
-    return found
-
-
-def _values(runs: Sequence[Result], option: str) -> Values:
-    own = [one for one in runs if not one["changed"]]
-    found = grouped((one for one in runs if option in one["changed"]), lambda one: one["changed"][option])
-    if own:
-        left_alone = own[0]["options"].get(option, LEFT_ALONE.get(option, "as it is"))
-        found[left_alone] = [*own, *found.get(left_alone, ())]
-    return [(option_value(value), found[value]) for value in sorted(found, key=_place)]
-
-
-def _place(value: Any) -> tuple[int, float, str]:
-    """Nothing first, then numbers in order, then words."""
-    if value is None:
-        return 0, 0.0, ""
-    return (1, float(value), "") if isinstance(value, int | float) else (2, 0.0, str(value))
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
