@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latro_kernels.tree import PrefixTree, ScoredTokens, pack_rationales
+from latro_kernels.packing import pack_rationales
+from latro_kernels.tree import PrefixTree, ScoredTokens
 
 SEEDS = range(5)
 

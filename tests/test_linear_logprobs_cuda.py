@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from latro_kernels.linear_logprobs import strips
+from latro_kernels.linear_logprobs import protocol
 from latro_kernels.linear_logprobs.cuda import EPILOGUE_WIDTH as WIDTH
 from tests import emulator
 
@@ -39,12 +39,12 @@ class Room:
 
 
 def new_state(M, **rows):
-    state = Room(strips.STATE_ROWS, M, stride=M)
+    state = Room(protocol.STATE_ROWS, M, stride=M)
     state.inside.zero_()
-    state.inside[strips.TEMPERATURE] = 1
-    state.inside[strips.HIGHEST] = -torch.inf
+    state.inside[protocol.TEMPERATURE] = 1
+    state.inside[protocol.HIGHEST] = -torch.inf
     for name, values in rows.items():
-        state.inside[getattr(strips, name)] = values
+        state.inside[getattr(protocol, name)] = values
     return state
 
 
@@ -64,9 +64,9 @@ def test_guess(M, D, dtype, ops):
     targets, state = entries(M, V), new_state(M)
     ops.head_guess(hidden, weight, bias, targets, state.inside, 0.7, 0.0)
     logits = 0.7 * LOG2_E * ((hidden.double() * weight.double()[targets]).sum(1) + bias.double()[targets])
-    assert (state.inside[strips.GUESS].double() - logits).abs().max() <= 0.5 + 1e-4
-    assert torch.equal(state.inside[strips.GUESS], state.inside[strips.GUESS].round())
-    assert (state.inside[strips.GUESSED] == 1).all()
+    assert (state.inside[protocol.GUESS].double() - logits).abs().max() <= 0.5 + 1e-4
+    assert torch.equal(state.inside[protocol.GUESS], state.inside[protocol.GUESS].round())
+    assert (state.inside[protocol.GUESSED] == 1).all()
     state.assert_others_untouched()
 
 
@@ -93,12 +93,12 @@ def test_epilogue(M, V, softcap, dtype, ops):
     slope = 1 - (raw / softcap).tanh().square() if softcap else torch.ones_like(raw)
     is_target = torch.arange(V, device=DEVICE) == targets[:, None] - first_v
     others = logits.masked_fill(is_target, -torch.inf)
-    exponentials = (others - state.inside[strips.GUESS].double()[:, None]).exp2()
-    for found, exact in ((E.inside, exponentials * slope), (state.inside[strips.LOGIT][:, None], logits)):
+    exponentials = (others - state.inside[protocol.GUESS].double()[:, None]).exp2()
+    for found, exact in ((E.inside, exponentials * slope), (state.inside[protocol.LOGIT][:, None], logits)):
         mask = torch.ones_like(is_target) if found is E.inside else is_target
         close = torch.isclose(found.double().expand_as(exact), exact, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6)
         assert (close | ~mask).all()
-    assert (state.inside[strips.LOGIT][~is_target.any(1)] == SENTINEL).all()
+    assert (state.inside[protocol.LOGIT][~is_target.any(1)] == SENTINEL).all()
     for tile in range(tiles):
         here = slice((tile - first_tile) * WIDTH, (tile - first_tile + 1) * WIDTH)
         if tile < first_tile or here.start >= V:
@@ -134,7 +134,7 @@ def test_combine(M, tiles, headroom, ops):
     exact = every.log_softmax(1)
     torch.testing.assert_close(logps.inside[0].double(), exact[:, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropy.inside[0].double(), -(exact.exp() * exact).sum(1), rtol=1e-5, atol=1e-5)
-    shift, total, entry = state.inside[[strips.SHIFT, strips.TOTAL, strips.ENTRY]].double()
+    shift, total, entry = state.inside[[protocol.SHIFT, protocol.TOTAL, protocol.ENTRY]].double()
     assert headroom or torch.equal(shift, shift.round())
     torch.testing.assert_close(total.log2() + shift, every.logsumexp(1) * LOG2_E, rtol=0, atol=1e-5 * 150)
     torch.testing.assert_close(entry, total * exact[:, 0].expm1() * slope.double(), rtol=1e-5, atol=0)
@@ -154,7 +154,7 @@ def test_settle(M, tiles, V, first_tile, dtype, ops):
     partials = torch.full((3, first_tile + tiles + 1, M), 200.0, device=DEVICE)
     partials[0, first_tile:-1] = highest
     state = new_state(M, GUESS=0, GUESSED=1, HIGHEST=torch.where(torch.arange(M, device=DEVICE) % 7 == 3, 90, -1))
-    before = state.inside[strips.HIGHEST].clone()
+    before = state.inside[protocol.HIGHEST].clone()
     E, unit = Room(M, V, dtype, stride=V), Room(M, 6, stride=6)
     E.inside.copy_(normal(M, V, dtype=dtype, seed=1))
     unit.inside.copy_(normal(M, 6, seed=2))
@@ -165,7 +165,7 @@ def test_settle(M, tiles, V, first_tile, dtype, ops):
         return values.ceil().where(values > 58, 0)
 
     now = torch.maximum(before, highest.amax(0))
-    assert torch.equal(state.inside[strips.HIGHEST], now)
+    assert torch.equal(state.inside[protocol.HIGHEST], now)
     of_column = highest.repeat_interleave(4, 0)[:V].T
     assert torch.equal(E.inside, (exponentials.double() * (steps(of_column) - steps(now)[:, None]).exp2()).to(dtype))
     assert torch.equal(unit.inside, sums * (steps(before) - steps(now)).exp2()[:, None])

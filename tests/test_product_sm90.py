@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latro_kernels.linear_logprobs import strips
+from latro_kernels.linear_logprobs import protocol
 from latro_kernels.linear_logprobs.cuda import PRODUCT_WIDTH
 from tests import emulator
 
@@ -81,12 +81,12 @@ def run(head: Head, guess: Tensor, guessed: Tensor, *, statistics: bool, keep: b
     """Without statistics, `guess` is the shift that E has."""
     M, V = len(head.hidden), len(head.weight)
     tiles, first_tile = -(-V // PRODUCT_WIDTH), 2
-    state = unwritten(strips.STATE_ROWS, M)
-    state[strips.TEMPERATURE] = head.temperatures
+    state = unwritten(protocol.STATE_ROWS, M)
+    state[protocol.TEMPERATURE] = head.temperatures
     if statistics:
-        state[strips.GUESS], state[strips.GUESSED] = guess, guessed
+        state[protocol.GUESS], state[protocol.GUESSED] = guess, guessed
     else:
-        state[strips.SHIFT] = guess
+        state[protocol.SHIFT] = guess
     partials = unwritten(3, first_tile + tiles + 1, M) if statistics else None
     exponentials = unwritten(M + 1, 64 * -(-V // 64) + 64, dtype=head.hidden.dtype) if keep else None
     ops = torch.ops.latro_kernels if ON_GPU else emulator.build()
@@ -116,11 +116,11 @@ def check(head: Head, guess: Tensor, guessed: Tensor, *, statistics=True, keep=T
     is_target = head.is_target()
     here = is_target.any(1) & statistics
     others = logits.masked_fill(is_target, -math.inf)
-    for row, values in ((strips.LOGIT, logits), (strips.SLOPE, slopes)):
+    for row, values in ((protocol.LOGIT, logits), (protocol.SLOPE, slopes)):
         written = made.state[row].double()
         torch.testing.assert_close(written[here], values[is_target & here[:, None]], rtol=ROUNDING, atol=10 * ROUNDING)
         assert written[~here].isnan().all()
-    assert made.state[[strips.HIGHEST, strips.TOTAL, strips.ENTRY]].isnan().all()
+    assert made.state[[protocol.HIGHEST, protocol.TOTAL, protocol.ENTRY]].isnan().all()
     guess = guess.double()
     for tile, columns in enumerate(torch.arange(len(head.weight), device=DEVICE).split(PRODUCT_WIDTH)):
         of_tile = others[:, columns]

@@ -1,4 +1,4 @@
-"""The steps of strips.py in CUDA C++: csrc/linear_logprobs/cuda.cu."""
+"""The steps of protocol.py in CUDA C++: csrc/linear_logprobs/cuda.cu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from latro_kernels import _native
 from latro_kernels._gpu import capability, tile_sizes
-from latro_kernels.linear_logprobs.strips import Scored, register
+from latro_kernels.linear_logprobs.protocol import Scored
+from latro_kernels.linear_logprobs.strips import register
 
 OPS: Any = torch.ops.latro_kernels
 

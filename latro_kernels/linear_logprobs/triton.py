@@ -1,4 +1,4 @@
-"""The steps of strips.py in Triton: what is launched, and the backend. triton_kernels.py says how they work."""
+"""The steps of protocol.py in Triton: what is launched, and the backend. triton_kernels.py says how they work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels._gpu import tile_sizes
 from latro_kernels.linear_logprobs import triton_kernels as kernels
 from latro_kernels.linear_logprobs.head import head_of, score
-from latro_kernels.linear_logprobs.strips import Scored, register
+from latro_kernels.linear_logprobs.protocol import Scored
+from latro_kernels.linear_logprobs.strips import register
 
 OPERATOR = "latro_kernels::linear_logprobs_triton"
 

@@ -1,4 +1,4 @@
-"""The kernels of triton.py. strips.py says what they compute and who calls them.
+"""The kernels of triton.py. protocol.py says what each does, strips.py has the formulas and calls them.
 
 A logit is in bits, its natural value times log2(e). It is exponentiated from its row's guess, a whole number, or from a
 whole number of steps above that, which its tile's highest logit determines: tiles differ by exact powers of two.
@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 
 from latro_kernels._triton_math import LOG2E, tanh
-from latro_kernels.linear_logprobs import strips
+from latro_kernels.linear_logprobs import protocol
 
-TEMPERATURE = tl.constexpr(strips.TEMPERATURE)
-GUESS = tl.constexpr(strips.GUESS)
-GUESSED = tl.constexpr(strips.GUESSED)
-LOGIT = tl.constexpr(strips.LOGIT)
-SLOPE = tl.constexpr(strips.SLOPE)
-HIGHEST = tl.constexpr(strips.HIGHEST)
-SHIFT = tl.constexpr(strips.SHIFT)
-TOTAL = tl.constexpr(strips.TOTAL)
-ENTRY = tl.constexpr(strips.ENTRY)
+TEMPERATURE = tl.constexpr(protocol.TEMPERATURE)
+GUESS = tl.constexpr(protocol.GUESS)
+GUESSED = tl.constexpr(protocol.GUESSED)
+LOGIT = tl.constexpr(protocol.LOGIT)
+SLOPE = tl.constexpr(protocol.SLOPE)
+HIGHEST = tl.constexpr(protocol.HIGHEST)
+SHIFT = tl.constexpr(protocol.SHIFT)
+TOTAL = tl.constexpr(protocol.TOTAL)
+ENTRY = tl.constexpr(protocol.ENTRY)
 
 LOG2E_REST = tl.constexpr(1.925963033500e-08)  # what float32 leaves out of it
 LN2 = tl.constexpr(0.6931471805599453)
