@@ -272,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     of_study.add_argument("--document", type=Path, help="write tables and figures of what was run into this page")
     of_study.add_argument("--report", action="store_true", help="run nothing: of what is there already")
     of_study.add_argument("--quick", action="store_true", help="a few models, of which the signs are checked")
-    of_study.add_argument("--experiments", nargs="+", help="of methods, recipes, stability, lengths, feedback, sizes")
+    of_study.add_argument(
+        "--experiments", nargs="+", help="of methods, recipes, stability, lengths, feedback, explore, sizes"
+    )
     of_study.add_argument("--tasks", nargs="+", help="of those that have recipes of bases")
     of_study.add_argument("--sizes", nargs="+", help="models of the experiment sizes, such as 0.15M and 5M")
     of_study.add_argument("--seeds", type=int, help="each of which has bases, prompts and questions of its own")
