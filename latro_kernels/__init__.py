@@ -1,6 +1,7 @@
 """Kernels for training language models on the likelihood of the right answer."""
 
 from latro_kernels.linear_logprobs.api import linear_logprobs
+from latro_kernels.linear_logprobs.parallel import VocabularyShard
 from latro_kernels.memory import get_memory_budget, set_memory_budget
 from latro_kernels.packing import pack_rationales
 from latro_kernels.self_reward.api import SelfRewardLoss, fused_self_reward_loss, self_reward
@@ -20,6 +21,7 @@ __all__ = [
     "SelfReward",
     "SelfRewardLoss",
     "SelfRewardTerms",
+    "VocabularyShard",
     "fused_self_reward_loss",
     "get_memory_budget",
     "linear_logprobs",

@@ -10,8 +10,9 @@ from torch import Tensor
 from latro_kernels import _triton, checks
 from latro_kernels._autograd import accumulator, autocast_operands, first_order
 from latro_kernels.impl import choose
-from latro_kernels.linear_logprobs import native, reference
+from latro_kernels.linear_logprobs import native, parallel, reference
 from latro_kernels.linear_logprobs.head import Kernels
+from latro_kernels.linear_logprobs.parallel import VocabularyShard
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "native": native.linear_logprobs,
@@ -37,6 +38,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: Literal[False] = False,
+    shard: VocabularyShard | None = None,
     impl: str = "auto",
 ) -> Tensor: ...
 
@@ -53,6 +55,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: Literal[True],
+    shard: VocabularyShard | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -68,6 +71,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
+    shard: VocabularyShard | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(logit_scale * (hidden[rows] Wᵀ + bias)) / temperature)[targets] -> [M].
@@ -75,14 +79,24 @@ def linear_logprobs(
     hidden [T, D]; weight [V, D]; bias [V]; rows and targets [M], int64; a row may be scored any number of times.
     temperature: a number, or one for each scored token [M]. softcap(s) = softcap * tanh(s / softcap).
     entropy: also return that of each token's distribution [M], in nats, without a gradient.
+    shard: weight and bias are this rank's rows of the whole, by whose numbers targets are given. Hidden, rows and
+        targets are the same on all ranks of the group, and so are results and the gradient of hidden.
 
     The result is float32, or float64 for float64 inputs. Differentiable in hidden, weight and bias.
     """
     operator = "linear_logprobs"
-    operands = head_operands(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
-    backend = BACKENDS[choose(operator, impl, operands[0].device, operands[0].dtype)]
-    logps, found = backend(*operands, entropy)
+    operands = head_operands(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale, shard)
+    backend = choose(operator, impl, operands[0].device, operands[0].dtype)
+    logps, found = backend_of(backend, shard)(*operands, entropy)
     return (logps, cast(Tensor, found)) if entropy else logps
+
+
+def backend_of(name: str, shard: VocabularyShard | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return BACKENDS[name] if shard is None else parallel.backend(KERNELS.get(name), shard)
+
+
+def kernels_of(name: str, shard: VocabularyShard | None) -> Kernels:
+    return KERNELS[name] if shard is None else parallel.sharded(KERNELS[name], shard)
 
 
 def head_operands(
@@ -95,11 +109,12 @@ def head_operands(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    shard: VocabularyShard | None,
 ) -> tuple[Any, ...]:
     """The arguments of a backend: checked, cast under autocast, and not differentiable twice."""
     checks.check_tensors(operator, hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     hidden, weight, bias = autocast_operands(hidden, weight, bias)
-    _check(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale)
+    _check(operator, hidden, weight, rows, targets, bias, temperature, softcap, logit_scale, shard)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(accumulator(hidden.dtype))
     hidden, weight, bias = map(first_order, (hidden, weight, bias))
@@ -116,6 +131,7 @@ def _check(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    shard: VocabularyShard | None,
 ) -> None:
     checks.check_shape(operator, "hidden", hidden, ("T", "D"))
     checks.check_shape(operator, "weight", weight, ("V", hidden.shape[1]))
@@ -123,10 +139,11 @@ def _check(
     checks.check_shape(operator, "targets", targets, (rows.shape[0],))
     checks.check_floating(operator, "hidden", hidden)
     checks.check_like(operator, "weight", weight, "hidden", hidden)
-    for name, index, bound, letter in (("rows", rows, hidden, "T"), ("targets", targets, weight, "V")):
+    V = parallel.vocabulary_size(operator, weight, shard)
+    for name, index, bound, letter in (("rows", rows, hidden.shape[0], "T"), ("targets", targets, V, "V")):
         checks.check_index(operator, name, index)
         checks.check_device(operator, name, index, "hidden", hidden)
-        checks.check_range(operator, name, index, bound.shape[0], letter)
+        checks.check_range(operator, name, index, bound, letter)
     if bias is not None:
         checks.check_shape(operator, "bias", bias, (weight.shape[0],))
         checks.check_like(operator, "bias", bias, "hidden", hidden)

@@ -25,11 +25,23 @@ def linear_logprobs(
     logit_scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    log_probs = logits_of(hidden, weight, rows, bias, temperature, softcap, logit_scale).log_softmax(-1)
+    logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    return logps, torch.special.entr(log_probs.detach().exp()).sum(-1) if entropy else None
+
+
+def logits_of(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """[M, V]"""
     logits = torch.nn.functional.linear(hidden.index_select(0, rows), weight, bias)
     logits = logits.to(accumulator(hidden.dtype)) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    log_probs = logits.log_softmax(-1)
-    logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-    return logps, torch.special.entr(log_probs.detach().exp()).sum(-1) if entropy else None
+    return logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)

@@ -18,9 +18,9 @@ from torch import Tensor
 from latro_kernels import checks
 from latro_kernels._autograd import first_order
 from latro_kernels.impl import choose
-from latro_kernels.linear_logprobs.api import BACKENDS as HEADS
-from latro_kernels.linear_logprobs.api import KERNELS, head_operands
+from latro_kernels.linear_logprobs.api import KERNELS, backend_of, head_operands, kernels_of
 from latro_kernels.linear_logprobs.head import head_of
+from latro_kernels.linear_logprobs.parallel import VocabularyShard, vocabulary_size
 from latro_kernels.self_reward import grouped, native
 from latro_kernels.self_reward import objective as definition
 from latro_kernels.self_reward.objective import Objective, SelfReward, SelfRewardTerms
@@ -59,6 +59,7 @@ def fused_self_reward_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
+    shard: VocabularyShard | None = None,
     impl: str = "auto",
 ) -> SelfRewardLoss:
     """The self-reward loss from hidden states and the weight of the output head.
@@ -73,15 +74,16 @@ def fused_self_reward_loss(
         different numbers, give each the global number and add up the gradients.
     temperature: of the rationales, which were sampled at it. Answers are scored at 1.
     entropy: also find that of each scored token's distribution, for logs.
+    shard: weight and bias are this rank's rows of a vocabulary that is cut over a process group; all else is the same
+        on all ranks of the group, and so are results and the gradient of hidden.
     """
     operator = "fused_self_reward_loss"
     objective = _objective(operator, objective, beta, answer_weight)
     hidden = _flatten(operator, hidden, scored)
     checks.check_shape(operator, "weight", weight, ("V", hidden.shape[1]))
-    if weight.shape[0] < scored.plan.min_vocab:
-        raise ValueError(
-            f"{operator}: weight must have a row for target {scored.plan.min_vocab - 1}, got {weight.shape[0]} rows"
-        )
+    V = vocabulary_size(operator, weight, shard)
+    if scored.plan.min_vocab > V:
+        raise ValueError(f"{operator}: weight must have a row for target {scored.plan.min_vocab - 1}, got {V} rows")
     checks.check_positive(operator, "temperature", temperature)
     given = _given(operator, scored, "hidden", hidden, ref_logps, advantage, denominator)
     extras = _own_extras(operator, extras)
@@ -101,6 +103,7 @@ def fused_self_reward_loss(
         _temperatures(temperature, scored),
         softcap,
         logit_scale,
+        shard,
     )
     backend = choose(operator, impl, operands[0].device, operands[0].dtype)
     part = "reference" if backend == "reference" else "auto"
@@ -112,12 +115,13 @@ def fused_self_reward_loss(
 
     found: Tensor | None
     if backend in KERNELS and _in_one_go(operands, extras):
-        couples_batch = getattr(objective, "couples", "batch") != "group"
+        # With shards the batch stays whole: ranks that have more rows would cut it into more parts than others.
+        couples_batch = shard is not None or getattr(objective, "couples", "batch") != "group"
         terms, logps, found = grouped.loss_and_logps(
-            KERNELS[backend], head_of(*operands), scored.plan, couples_batch, terms_of
+            kernels_of(backend, shard), head_of(*operands), scored.plan, couples_batch, terms_of
         )
     else:
-        logps, found = HEADS[backend](*operands, entropy)
+        logps, found = backend_of(backend, shard)(*operands, entropy)
         terms = terms_of(logps)
     return SelfRewardLoss(
         terms.loss,
