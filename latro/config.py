@@ -26,7 +26,11 @@ OBJECTIVE_OPTIONS = {
     "truncation_reward": "truncation_reward",
     "mask_truncated_completions": "mask_truncated",
     "mask_stop": "mask_stop",
+    "importance_weight_cap": "importance_weight_cap",
+    "epsilon": "epsilon",
+    "epsilon_high": "epsilon_high",
 }
+EPSILON = 0.2  # PPO's and TRL's
 
 
 def _option(default: Any, help: str) -> Any:
@@ -58,7 +62,29 @@ class LatroConfig(TrainingArguments):
     steps_per_generation: int | None = _option(
         None, "micro-batches that one round of sampling serves; by default those of one update, so none is stale"
     )
+    num_iterations: int = _option(1, "times that an update is made of the same rationales, clipped by epsilon")
+    epsilon: float | None = _option(
+        None,
+        "a token of an old rationale pulls no further once its probability has changed by this share: PPO's clipping; "
+        f"{EPSILON} with num_iterations above 1, else none",
+    )
+    epsilon_high: float | None = _option(None, "the same upwards; epsilon by default")
+    importance_weight_cap: float | None = _option(
+        None,
+        "weigh each rationale token by the policy's probability over that of what sampled it, at most this; "
+        "2 is usual where another program samples",
+    )
     rollout_batch_size: int = _option(256, "rationales that grow at once while sampling")
+
+    use_vllm: bool = _option(False, "sample by vLLM (docs/vllm.md)")
+    vllm_mode: str = _option("colocate", "colocate or server: on the GPUs that train, or elsewhere")
+    vllm_server_base_url: str = _option("http://localhost:8000", "of the server")
+    vllm_server_timeout: float = _option(240.0, "seconds to wait for the server to be there")
+    vllm_group_port: int = _option(51216, "by which weights go to the server; of two trainers each has its own")
+    vllm_gpu_memory_utilization: float = _option(0.3, "share of the GPU's memory that is vLLM's; colocate")
+    vllm_max_model_length: int | None = _option(
+        None, "tokens of prompt and rationale; colocate, the model's by default"
+    )
 
     objective: str = _option("latro", f"what a step ascends: {', '.join(OBJECTIVES)}")
     preset: str = _option("paper", "paper or code: LaTRO as published, or as its authors' code has it")
@@ -105,6 +131,8 @@ class LatroConfig(TrainingArguments):
             raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
         if isinstance(self.normalize_advantages, bool):  # TRL's
             self.normalize_advantages = "batch" if self.normalize_advantages else "none"
+        if self.num_iterations > 1 and self.epsilon is None:
+            self.epsilon = EPSILON
         self._complete()
         self._check()
         self.remove_unused_columns = False  # the collator hands examples on as they are
@@ -120,6 +148,11 @@ class LatroConfig(TrainingArguments):
         for name, field_name in OBJECTIVE_OPTIONS.items():
             given = getattr(self, name)
             if field_name not in defaults:
+                if name == "epsilon" and self.num_iterations > 1:
+                    raise ValueError(
+                        f"num_iterations must be 1 with objective {self.objective}, which does not correct for old "
+                        f"rationales, got {self.num_iterations}"
+                    )
                 if given is not None and given is not False:
                     raise ValueError(f"{name} must not be given with objective {self.objective}, which has none")
             elif given is None:
@@ -152,6 +185,14 @@ class LatroConfig(TrainingArguments):
                     self.steps_per_generation > 0 and self.steps_per_generation % self.gradient_accumulation_steps == 0
                 ),
                 f"a multiple of gradient_accumulation_steps ({updates})",
+            ),
+            ("num_iterations", self.num_iterations >= 1, "at least 1"),
+            ("vllm_mode", self.vllm_mode in ("colocate", "server"), "colocate or server"),
+            (
+                "epsilon",
+                self.epsilon is None or self.num_iterations > 1 or (self.steps_per_generation or 0) > updates,
+                "None unless rationales grow old: num_iterations above 1, or steps_per_generation above "
+                f"gradient_accumulation_steps ({updates})",
             ),
         ]
         for name, holds, rule in rules:

@@ -27,6 +27,7 @@ def sampling_of(args: LatroConfig, text: Text, model: PreTrainedModel, *, answer
         top_k=args.top_k,
         ends=end_tokens(text.tokenizer, model.generation_config),
         are_over=(lambda rows: [False] * len(rows)) if answers else text.are_over,
+        stop_strings=() if answers else text.stop_strings,
     )
 
 

@@ -1,11 +1,12 @@
 """What a micro-batch says of the training: figures of TRL's names and ours, and rationales to read.
 
 `rationale_length` counts a rationale's tokens, `completions/mean_length` all that was sampled, stop string included.
+`sampling/max_ratio` is the mean over rationales of the largest ratio of a token, `clip_ratio/region_mean` the share of
+rationale tokens without a gradient because of epsilon.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,19 +14,21 @@ from torch import Tensor
 
 from latro.batch import Batch
 from latro.metrics import group_deviation
-from latro.objectives import Sums
+from latro.objectives import Objective, PolicyGradient, Sums
+from latro.objectives.base import in_rationale
 from latro.text import Text
 from latro_kernels import SelfRewardLoss
-from latro_kernels.tree import RATIONALE
 
 
-def figures(batch: Batch, out: SelfRewardLoss, sums: Sums, reward: Tensor, advantage: Tensor) -> dict[str, Tensor]:
+def figures(
+    batch: Batch, objective: Objective, out: SelfRewardLoss, sums: Sums, reward: Tensor, advantage: Tensor
+) -> dict[str, Tensor]:
     """Each of any size: what is logged is the mean of its elements."""
     samples = [sample for group in batch.groups for sample in group.samples]
     lengths = [len(rationale.tokens) for group in batch.groups for rationale in group.rationales]
     completions = torch.tensor([float(len(sample.tokens)) for sample in samples])
     deviation = group_deviation(reward, batch.scored.prompt)
-    in_rationale = batch.scored.kind[batch.scored.segment] == RATIONALE
+    of_rationales = in_rationale(batch.scored)
     assert out.entropy is not None
     return {
         "reward": reward,
@@ -35,28 +38,40 @@ def figures(batch: Batch, out: SelfRewardLoss, sums: Sums, reward: Tensor, advan
         "advantage_std": group_deviation(advantage, batch.scored.prompt),
         "answer_logp": sums.answer,
         "kl": sums.kl,
-        "entropy": out.entropy[in_rationale],
+        "entropy": out.entropy[of_rationales],
         "rationale_length": torch.tensor(lengths),
         "truncated_frac": batch.truncated,
         "completions/mean_length": completions,
-        "sampling/logp_difference": _sampling_difference(batch, out.logps[in_rationale]),
+        **_mismatch(batch, out.logps),
+        **_clipping(batch, objective, sums, advantage),
         **{f"rewards/{name}/mean": values for name, values in batch.rewards.items()},
     }
 
 
-def _sampling_difference(batch: Batch, logps: Tensor) -> Tensor:
-    """|log-prob when sampled − log-prob in training| of each rationale token."""
-    kind, segment = batch.scored.kind, batch.scored.segment
-    per_segment = torch.bincount(segment, minlength=len(kind))[kind == RATIONALE].tolist()
-    samples = [sample for group in batch.groups for sample in group.samples]
-    # Golden rationales were not sampled, nor those of an older policy by this one.
-    sampled = [
-        logp
-        for sample, count in zip(samples, per_segment, strict=True)
-        for logp in (sample.logps[:count] if sample.logps else [math.nan] * count)
-    ]
-    difference = (logps - torch.tensor(sampled, device=logps.device, dtype=logps.dtype)).abs()
-    return difference[~difference.isnan()]
+def _mismatch(batch: Batch, logps: Tensor) -> dict[str, Tensor]:
+    """Between what sampled and the policy when it sampled, at each rationale token that was drawn.
+
+    With ratio = π(z_t) / π_sampler(z_t): the mean of ratio − 1 − log ratio estimates KL(π_sampler, π) at a token, and
+    is never negative (k3 of http://joschu.net/blog/kl-approx.html).
+    """
+    policy = logps if batch.old_logps is None else batch.old_logps.to(logps.dtype)
+    difference = policy - batch.sampling_logps.to(logps.dtype)
+    drawn = ~difference.isnan()
+    rationale = batch.scored.rationale[batch.scored.segment]
+    largest = logps.new_full(batch.scored.prompt.shape, -torch.inf)
+    largest = largest.scatter_reduce(0, rationale[drawn], difference[drawn], "amax")
+    return {
+        "sampling/logp_difference": difference[drawn].abs(),
+        "sampling/kl": torch.expm1(difference[drawn]) - difference[drawn],
+        "sampling/max_ratio": largest[largest > -torch.inf].exp(),
+    }
+
+
+def _clipping(batch: Batch, objective: Objective, sums: Sums, advantage: Tensor) -> dict[str, Tensor]:
+    if not isinstance(objective, PolicyGradient) or objective.epsilon is None:
+        return {}
+    clipped = objective.is_clipped(advantage, sums, batch.extras())
+    return {"clip_ratio/region_mean": clipped[in_rationale(batch.scored)]}
 
 
 def rationales(

@@ -9,9 +9,10 @@ Sizes: B continuations, V vocabulary, K continuations of a prompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ class Sampling:
     ends: frozenset[int] = frozenset()  # tokens that end a continuation, and are not part of it
     # Which of some continuations hold a stop string.
     are_over: Callable[[list[list[int]]], list[bool]] = lambda rows: [False] * len(rows)
+    # The strings by which are_over decides: what looks for them in a growing text may end there by itself.
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         rules = [
@@ -91,7 +94,7 @@ class Engine(Protocol):
 
     def sync(self, model: nn.Module) -> None:
         """From now on, sample from this model as it is: a model of transformers, or what wraps one for training, of
-        which `unwrapped` is the model. Of a sharded one every process has a part: see `copy_weights`."""
+        which `unwrapped` is the model. Of a sharded one every process has a part: see `whole`."""
 
 
 class LocalEngine:
@@ -164,16 +167,22 @@ def copy_weights(source: nn.Module, to: nn.Module) -> None:
     for name, own in (*to.named_parameters(), *to.named_buffers()):
         if name not in theirs:
             raise ValueError(f"sync: the model must have every weight of the one that samples, but {name} is not there")
-        weight = theirs[name]
-        if hasattr(weight, "full_tensor"):  # FSDP2
-            own.copy_(weight.full_tensor())
-        elif hasattr(weight, "ds_id"):  # ZeRO-3
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([weight]):
-                own.copy_(weight)
-        else:
+        with whole(theirs[name]) as weight:
             own.copy_(weight)
+
+
+@contextmanager
+def whole(weight: Any) -> Iterator[Tensor]:
+    """Of a sharded one every process must ask."""
+    if hasattr(weight, "full_tensor"):  # FSDP2
+        yield weight.full_tensor()
+    elif hasattr(weight, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield weight
+    else:
+        yield weight
 
 
 def _parts(counts: list[int], most: int) -> list[slice]:

@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from latro.objectives import Objective, PolicyGradient, Sums
 from latro.prepare import disable_dropout, frozen_copy, longest_path, objective_of, sampling_of, text_of, those_that_fit
 from latro.progress import Progress
 from latro.rollout import Engine, LocalEngine, Sample, sample_key
+from latro.rounds import rounds_of
 from latro.supply import Supply
+from latro.vllm import VllmEngine
 from latro.watch import Watch, rationale_margin, refuse
 from latro_kernels import SelfRewardLoss
 
@@ -48,7 +50,8 @@ def _as_it_is(examples: list[Example]) -> Any:
 
 
 def _saved(group: Group) -> tuple[Any, ...]:
-    return group.example.id, [asdict(sample) for sample in group.samples], group.correct, group.pairs
+    samples = [asdict(sample) for sample in group.samples]
+    return group.example.id, samples, group.correct, group.pairs, group.old_logps
 
 
 class LatroTrainer(WholeCheckpoints):
@@ -86,6 +89,10 @@ class LatroTrainer(WholeCheckpoints):
                 f"LatroTrainer: reward_weights must be one for each of the {len(reward_funcs)} reward_funcs, "
                 f"got {args.reward_weights}"
             )
+        if args.use_vllm and engine is not None:
+            raise ValueError(
+                f"LatroTrainer: engine must be None with use_vllm, which is one, got {type(engine).__name__}"
+            )
         # Under a LoRA adapter the model is its own reference, without it.
         self.adapted = model if hasattr(model, "disable_adapter") else None
         policy: PreTrainedModel = model if self.adapted is None else model.get_base_model()
@@ -104,7 +111,8 @@ class LatroTrainer(WholeCheckpoints):
         self.run_log, self.meter, self.watch = RunLog(Path(str(args.output_dir))), Meter(), Watch()
         self._update: list[Group] = []  # what the update is made of
         self._begun: tuple[int, list[list[Group]], Meter] = (-1, [], self.meter)  # as an update began
-        self._ahead: list[list[Group]] = []  # micro-batches that are sampled, for later updates
+        # Micro-batches that are sampled, for later updates; the same one again where it is trained on again.
+        self._ahead: list[list[Group]] = []
         self._behind = 0  # micro-batches sampled before a resumption, that the data still has to pass by
         train_examples = those_that_fit(as_examples(train_dataset), self.text, args, longest_path(policy))
         self.supply.check(train_examples, args.max_completion_length)
@@ -124,11 +132,14 @@ class LatroTrainer(WholeCheckpoints):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         whole = nn.Module.to(copy.deepcopy(policy), args.device) if sharded else policy
         self.local = LocalEngine(whole, args.rollout_batch_size)
-        self.engine = engine or self.local
+        self.engine: Engine = engine or self.local
+        if args.use_vllm:
+            self.engine = VllmEngine(model, args, self.accelerator, processing_class)
         Progress.take_over(self)
         if args.top_p < 1 or args.top_k:
             logger.warning("top_p and top_k bias the gradient: what is sampled is not the policy that is scored")
-        if (args.steps_per_generation or 0) > args.gradient_accumulation_steps:
+        stale = (args.steps_per_generation or 0) > args.gradient_accumulation_steps
+        if stale and args.epsilon is None and args.importance_weight_cap is None:
             logger.warning("steps_per_generation makes rationales older than the policy they train, uncorrected")
 
     # Algorithm 1
@@ -140,10 +151,14 @@ class LatroTrainer(WholeCheckpoints):
         super().get_batch_samples(epoch_iterator, self._behind, device)
         self._behind = 0
         if not self._ahead:
-            most = max(num_batches, self.args.steps_per_generation or 0)
-            batches, _ = super().get_batch_samples(epoch_iterator, most, device)
+            most, again = max(num_batches, self.args.steps_per_generation or 0), self.args.num_iterations
+            batches, _ = super().get_batch_samples(epoch_iterator, most * again, device)
+            batches = batches[: len(batches) // again]  # the data has them so often
             groups = self.rollouts([example for batch in batches for example in batch])
-            self._ahead = split(groups, [len(batch) for batch in batches])
+            sampled = split(groups, [len(batch) for batch in batches])
+            if self.args.epsilon is not None:
+                self.score_waiting(sampled[num_batches:])
+            self._ahead = sampled * again
         parts, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
         self._begun = (self.state.global_step, parts, self.meter.copy())
         self._update = [group for part in parts for group in part]
@@ -172,6 +187,8 @@ class LatroTrainer(WholeCheckpoints):
             denominator=inputs.denominator,
             entropy=True,
         )
+        if self.args.epsilon is not None and inputs.old_logps is None:
+            inputs.remember(out.logps)
         self.record(inputs, out, ref_logps)
         # Gradients are averaged over processes and micro-batches, and ours are to be added up.
         loss = out.loss * self.accelerator.num_processes * self.current_gradient_accumulation_steps
@@ -190,11 +207,19 @@ class LatroTrainer(WholeCheckpoints):
             sampled = self.engine.generate(prompts, keys, self.sampling, progress)
         return [self.supply.group(*parts) for parts in zip(examples, sampled, strict=True)]
 
-    def pack(self, groups: list[Group], denominator: int) -> Batch:
-        rewards = self.rewards(groups)
+    @torch.no_grad()
+    def score_waiting(self, parts: list[list[Group]]) -> None:
+        """log π(z_k | x) of rationales that the policy will have changed before an update is made of them. The others'
+        are found when they are first trained on."""
+        for part in parts:
+            batch = self.pack(part, 1, {})
+            with self.compute_loss_context_manager():
+                batch.remember(self.tree_model.logprobs(batch.tree, batch.scored, temperature=self.args.temperature))
+
+    def pack(self, groups: list[Group], denominator: int, rewards: dict[str, Tensor] | None = None) -> Batch:
         return Batch.of(
             groups,
-            rewards,
+            self.rewards(groups) if rewards is None else rewards,
             denominator,
             score_end=self.args.score_end,
             device=self.args.device,
@@ -236,6 +261,10 @@ class LatroTrainer(WholeCheckpoints):
     def language_model(self) -> Any:
         return self.tree_model.model if self.adapted is None else self.adapted
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        order = super()._get_train_sampler(train_dataset)
+        return order if self.args.num_iterations == 1 else rounds_of(order, self.args)
+
     # transformers expects dictionaries of tensors
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -252,7 +281,7 @@ class LatroTrainer(WholeCheckpoints):
         if not torch.isfinite(out.loss):
             found = {"reward": reward, "answer_logp": sums.answer, "rationale_logp": sums.rationale}
             self.stop("loss", out.loss.item(), batch.groups, found)
-        found = recording.figures(batch, out, sums, reward, advantage)
+        found = recording.figures(batch, self.objective, out, sums, reward, advantage)
         self.meter.add(found)
         self.meter.count({"num_tokens": len(batch.tree.tokens)})
         self.watch.length(float(found["rationale_length"].float().mean()))
@@ -339,8 +368,13 @@ class LatroTrainer(WholeCheckpoints):
         """
         step, parts, meter = self._begun
         waiting, measured = (self._ahead, self.meter) if step < self.state.global_step else (parts + self._ahead, meter)
-        ahead = [[_saved(group) for group in part] for part in waiting]
-        saved = {"meter": measured.state(), "ahead": ahead, "states": self.supply.saved()}
+        distinct = list({id(part): part for part in waiting}.values())
+        saved = {
+            "meter": measured.state(),
+            "ahead": [[_saved(group) for group in part] for part in distinct],
+            "order": [next(n for n, other in enumerate(distinct) if other is part) for part in waiting],
+            "states": self.supply.saved(),
+        }
         (checkpoint / self._own_file).write_text(json.dumps(saved))
 
     def _restore(self, checkpoint: Path) -> None:
@@ -351,13 +385,15 @@ class LatroTrainer(WholeCheckpoints):
         self.meter.restore(saved["meter"], self.args.device)
         examples = {example.id: example for example in self.train_dataset}
         self.supply.restore(saved["states"])
-        self._ahead = [
-            [
-                self.supply.remake(examples[id], [Sample(**sample) for sample in samples], correct, pairs)
-                for id, samples, correct, pairs in part
-            ]
-            for part in saved["ahead"]
-        ]
+
+        def group(
+            id: str, samples: list[Any], correct: list[bool], pairs: list[Any], old_logps: Sequence[float] = ()
+        ) -> Group:
+            made = self.supply.remake(examples[id], [Sample(**sample) for sample in samples], correct, pairs)
+            return replace(made, old_logps=list(old_logps))
+
+        parts = [[group(*of_group) for of_group in part] for part in saved["ahead"]]
+        self._ahead = [parts[n] for n in saved.get("order", range(len(parts)))]
         self._behind = len(self._ahead)
 
     @property

@@ -63,6 +63,10 @@ class Sums:
             return torch.zeros_like(self.rationale)
         return self._per_rationale(self.logps - self.ref_logps, RATIONALE)
 
+    def over_rationale(self, values: Tensor) -> Tensor:
+        """The sum of values [M] over the tokens of each rationale."""
+        return self._per_rationale(values, RATIONALE)
+
     @property
     def answer_tokens(self) -> Tensor:
         """|y|"""
@@ -115,6 +119,11 @@ class Sums:
         return values.new_zeros(prompts).index_add(0, prompt, at_first)[prompt]
 
 
+def in_rationale(scored: ScoredTokens) -> Tensor:
+    """[M], which tokens are a rationale's."""
+    return (scored.kind == RATIONALE)[scored.segment]
+
+
 class Objective:
     """A loss whose terms belong to rationales.
 
@@ -144,12 +153,16 @@ class Objective:
         self.check(scored, extras)
         sums = Sums(logps, scored, extras.get("ref_logps"))
         _, weight = self.reward_and_advantage(sums.detach(), extras)
-        terms = weight * sums.rationale + self.answer_term(sums, extras)
+        terms = self.rationale_term(weight, sums, extras) + self.answer_term(sums, extras)
         return -self.kept(terms, extras).sum() / self.denominator(scored, extras)
 
     def reward_and_advantage(self, sums: Sums, extras: Extras) -> tuple[Tensor, Tensor]:
         """What a rationale earns, to be logged, and c: what its log-prob is multiplied by."""
         raise NotImplementedError
+
+    def rationale_term(self, weight: Tensor, sums: Sums, extras: Extras) -> Tensor:
+        """c_k ℓz_k [R], or what has its gradient where the policy itself sampled the rationales."""
+        return weight * sums.rationale
 
     def answer_term(self, sums: Sums, extras: Extras) -> Tensor:
         """What is added for the answer [R], differentiable in its log-probs."""

@@ -15,15 +15,90 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from latro.objectives.base import Extras, Objective, Sums
-from latro_kernels import ScoredTokens
+from latro.objectives.base import Extras, Objective, Sums, in_rationale
+from latro_kernels import ScoredTokens, checks
 from latro_kernels.self_reward.objective import STD_EPSILON, leave_one_out
 
 
+@dataclass(frozen=True, kw_only=True)
 class PolicyGradient(Objective):
-    """c_k = LOO(reward + bonus)_k; extras may hold bonus [R], what reward functions give."""
+    """c_k = LOO(reward + bonus)_k; extras may hold bonus [R], what reward functions give.
+
+    Rationales that the policy did not draw itself are corrected token by token. In place of c_k ℓz_k there is
+
+        Σ_t w_t min(ρ_t c_k, clip(ρ_t, 1 − ε, 1 + ε_high) c_k)           with epsilon, PPO's (arXiv 1707.06347)
+        Σ_t w_t c_k log π(z_t)                                           without it
+
+        ρ_t = π(z_t) / π_old(z_t)                                        π_old: the policy when it sampled
+        w_t = min(C, π_old(z_t) / π_sampler(z_t)), detached              with importance_weight_cap C, else 1
+
+    w is what Yao et al. (2025), "Your efficient RL framework secretly brings you off-policy RL training", call
+    truncated importance sampling: what samples may compute other log-probs than what is trained. Of extras it reads
+    sampling_logps [M], log π_sampler, where NaN stands for a token that nothing sampled: w is 1 there. old_logps [M] is
+    log π_old, and that of π, detached, where it is not given. Where it is not and the samples are old, w has the
+    staleness in it too.
+
+    ρ is a token's and not the sequence's, as in PPO and GRPO: the product over hundreds of tokens leaves any interval
+    after one update, and a rationale that is clipped as a whole teaches nothing. Rewards and advantages are those of
+    the policy as it is at each update, which the same forward pass finds; the answer's term has no ratio.
+    """
 
     compares: ClassVar[bool] = True
+    importance_weight_cap: float | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None  # epsilon by default
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for option in ("importance_weight_cap", "epsilon", "epsilon_high"):
+            if getattr(self, option) is not None:
+                checks.check_positive(name, option, getattr(self, option))
+        if self.epsilon is not None and self.epsilon >= 1:
+            raise ValueError(f"{name}: epsilon must be below 1, got {self.epsilon}")
+        if self.epsilon is None and self.epsilon_high is not None:
+            raise ValueError(f"{name}: epsilon_high must stand beside epsilon, got {self.epsilon_high} alone")
+
+    def check(self, scored: ScoredTokens, extras: Extras) -> None:
+        super().check(scored, extras)
+        name = type(self).__name__
+        if self.importance_weight_cap is not None and extras.get("sampling_logps") is None:
+            raise ValueError(
+                f"{name}: extras must hold sampling_logps [M], with which each token was drawn, for "
+                f"importance_weight_cap, got {sorted(extras)}"
+            )
+        for extra in ("sampling_logps", "old_logps"):
+            if extras.get(extra) is not None:
+                checks.check_shape(name, extra, extras[extra], (scored.rows.shape[0],))
+
+    def rationale_term(self, weight: Tensor, sums: Sums, extras: Extras) -> Tensor:
+        if self.importance_weight_cap is None and self.epsilon is None:
+            return super().rationale_term(weight, sums, extras)
+        weight = weight[sums.scored.rationale[sums.scored.segment]]
+        if self.epsilon is None:
+            terms = weight * sums.logps
+        else:
+            ratio = self._ratio(sums, extras)
+            terms = torch.minimum(ratio * weight, ratio.clamp(*self._trusted) * weight)
+        if self.importance_weight_cap is not None:
+            sampled = extras["sampling_logps"].to(terms.dtype)
+            drawn = (_old_logps(sums, extras) - sampled).exp().clamp(max=self.importance_weight_cap)
+            terms = terms * torch.where(sampled.isnan(), 1, drawn)
+        return sums.over_rationale(terms)
+
+    def is_clipped(self, weight: Tensor, sums: Sums, extras: Extras) -> Tensor:
+        """[M], the rationales' tokens that have no gradient because of epsilon."""
+        weight, ratio = weight[sums.scored.rationale[sums.scored.segment]], self._ratio(sums, extras)
+        low, high = self._trusted
+        return in_rationale(sums.scored) & (((ratio < low) & (weight < 0)) | ((ratio > high) & (weight > 0)))
+
+    @property
+    def _trusted(self) -> tuple[float, float]:
+        assert self.epsilon is not None
+        return 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+
+    def _ratio(self, sums: Sums, extras: Extras) -> Tensor:
+        """ρ, and 1 at the tokens of answers."""
+        return torch.where(in_rationale(sums.scored), sums.logps - _old_logps(sums, extras), 0).exp()
 
     def reward_and_advantage(self, sums: Sums, extras: Extras) -> tuple[Tensor, Tensor]:
         reward = self.reward(sums, extras) + extras.get("bonus", 0)
@@ -140,6 +215,11 @@ class JepoMulti(PolicyGradient):
         same, answer = _same_prompt(sums.scored), sums.answer.detach()
         share = (answer - _log_mean_exp(answer, same)).exp() / same.sum(1)
         return self.answer_weight * share * sums.answer
+
+
+def _old_logps(sums: Sums, extras: Extras) -> Tensor:
+    old = extras.get("old_logps")
+    return sums.logps.detach() if old is None else old.to(sums.logps.dtype)
 
 
 def _same_prompt(scored: ScoredTokens) -> Tensor:
