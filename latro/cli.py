@@ -1,4 +1,4 @@
-"""The command `latro`: train, eval, sample, explore, self-explore, report, demo, study."""
+"""The command `latro`: train, eval, sample, explore, self-explore, report, demo, study, plan."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from latro.config import LatroConfig
+from latro.plan.options import add_arguments as add_plan_arguments
 
 DESCRIPTION = """Teach a language model to reason from gold answers alone (LaTRO, arXiv 2411.04282).
 
@@ -27,6 +28,7 @@ DESCRIPTION = """Teach a language model to reason from gold answers alone (LaTRO
   latro self-explore --model M --dataset gsm8k    train on that (Self-Explore, arXiv 2404.10346)
   latro report RUN                             a page with a run's curves and rationales
   latro study --quick                          methods against each other on small tasks; the figures of docs/study.md
+  latro plan --model llama-3.1-8b --gpus 64    memory and time of an update on paper, and which layouts fit
 """
 
 TRAIN = """Train a model by LaTRO. Any option may stand in a YAML file as well, by the same name; a flag counts more.
@@ -279,6 +281,9 @@ def _parser() -> argparse.ArgumentParser:
     of_study.add_argument("--sizes", nargs="+", help="models of the experiment sizes, such as 0.15M and 5M")
     of_study.add_argument("--seeds", type=int, help="each of which has bases, prompts and questions of its own")
     of_study.add_argument("--processes", type=int, default=os.cpu_count(), help="models trained at once [all cores]")
+
+    of_plan = command("plan", "memory and time of an update on paper: what fits, what binds, what a rationale costs")
+    add_plan_arguments(of_plan)
     return parser
 
 

@@ -240,3 +240,9 @@ def study(known: argparse.Namespace) -> None:
     if known.document is not None:
         for path in command.write(known.document, found):
             print(f"written: {path}")
+
+
+def plan(known: argparse.Namespace) -> None:
+    from latro.plan import command
+
+    command.plan(known)
