@@ -162,7 +162,9 @@ def result(cell):
         if trained
         else {"careful": 0.2, "mixed": -0.1, "sloppy": -0.8}[cell.recipe] + rng.gauss(0, 0.05),
         "curve": curve,
-        "log": [],
+        "log": [{"step": step, "rationale_length": length, "reward": -2 + step / 100} for step in (40, 80, 120)]
+        if trained
+        else [],
         "cost": {
             "seconds": 0.0 if not trained else 8 + 4 * len(LABELS[cell.method]) * rng.uniform(0.95, 1.05),
             "updates": 120 if trained else 0,
@@ -358,6 +360,22 @@ def test_gate_counts_runs_by_what_was_predicted(whole):
     of_method = {row[0]: row[1:] for row in rows_of(TABLES["gate"](whole))}
     assert of_method["LaTRO, λ=1"] == ["12 of 12", "0 of 24"]
     assert of_method["gain"] == ["0 of 12", "0 of 24"]
+
+
+def test_vanishing_says_when_and_what_the_reward_did():
+    def logged(found):
+        golden = golden_length(found["task"])
+        rise = 0.5 if found["seed"] else -0.5
+        found["log"] = [
+            {"step": step, "rationale_length": length * golden, "reward": reward}
+            for step, length, reward in ((8, 0.6, -2.0), (16, 0.3, -2.0), (24, 0.2, -2.0), (32, 0.0, -2.0 + rise))
+        ]
+
+    first, second = rows_of(TABLES["vanishing"](study_of(plan(), change=logged)))[1:]
+    assert first == ["LaTRO, λ=1", "12", "24", "−2.00 ± 0.00", "−1.83 ± 0.31", "8 of 12"]
+    assert second[0] == "LaTRO, λ=0"
+    healthy = study_of({"recipes": [Cell(TASKS[0], "careful", "gain", 0)]}, change=logged)
+    assert TABLES["vanishing"](healthy) == "No rationales vanished."
 
 
 def test_slope_is_of_a_line_through_the_sizes():

@@ -42,7 +42,7 @@ from latro.study.records import (
     parameters,
     predicted,
 )
-from latro.watch import DANGER
+from latro.watch import DANGER, SHRUNK
 
 STAGES = {
     "base": "base",
@@ -223,6 +223,33 @@ def gate(study: Study) -> str:
     return table(["rationales vanished", "where the gate predicts it", "elsewhere"], rows)
 
 
+def vanishing(study: Study) -> str:
+    """When rationales vanished, and what the reward did meanwhile."""
+    rows = []
+    for method, runs in by_method(one for one in study.of("recipes") if one["method"] not in AGAINST).items():
+        lost = [one for one in runs if collapsed(one) and one["log"]]
+        if lost:
+            first, last = (estimate(one["log"][at]["reward"] for one in lost) for at in (0, -1))
+            rose = share(lost, lambda one: one["log"][-1]["reward"] > one["log"][0]["reward"])
+            when = str(max(map(_vanished_by, lost)))
+            rows.append([label(method), str(len(lost)), when, written(first, NATS, 0), written(last, NATS, 0), rose])
+    if not rows:
+        return "No rationales vanished."
+    explained = """
+Of the runs in which rationales vanished: by which update the sampled ones of all were shorter than a quarter of golden
+ones, and the mean reward of the first and of the last updates logged, ± half of the 95 % interval over runs.
+"""
+    heads = ["method", "runs", "vanished by update", "reward, first", "reward, last", "reward rose"]
+    return paragraphs(explained, table(heads, rows))
+
+
+def _vanished_by(run: Result) -> int:
+    """The update, of those logged, from which on sampled rationales are short."""
+    least = SHRUNK * golden_length(run["task"])
+    longer = [line["step"] for line in run["log"] if line["rationale_length"] >= least]
+    return next((line["step"] for line in run["log"] if line["step"] > max(longer, default=0)), run["log"][-1]["step"])
+
+
 # Sizes
 
 
@@ -303,6 +330,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
         comparisons,
         recipes,
         gate,
+        vanishing,
         sizes,
         stability,
         lengths,
