@@ -41,7 +41,7 @@ class Budget:
     updates: int = 48
     prompts: int = 16  # of an update
     rationales: int = 8  # of a prompt
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of the smallest models
     looks: int = 6
 
     @property

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from latro.data import Example
 from latro.launch import versions
 from latro.study import measure
-from latro.study.bases import UNFINISHED, device, recipe_of, tokenizer_of, train_bases
+from latro.study.bases import SIZES, SMALL, UNFINISHED, device, recipe_of, tokenizer_of, train_bases
 from latro.study.methods import METHODS, Budget, Run, tokens_needed
 from latro.study.plan import Cell
 from latro.tasks import Task, named
@@ -181,7 +181,9 @@ def measured(cell: Cell, scale: Scale, model: PreTrainedModel, tokenizer: Any) -
     """Train the base as the cell says, and measure what came of it."""
     task, changed = named(cell.task), dict(cell.changed)
     max_tokens = tokens_needed(task, tokenizer)
-    budget = replace(scale.budget, updates=changed.pop("updates", scale.budget.updates))
+    # As its base's was: a wider model's is lower in proportion.
+    learning_rate = scale.budget.learning_rate * SIZES[SMALL].width / SIZES[cell.size].width
+    budget = replace(scale.budget, updates=changed.pop("updates", scale.budget.updates), learning_rate=learning_rate)
     examples = with_wrong_answers(task, cell.seed, budget.examples, changed.pop("wrong_answers", 0.0))
     tested = questions(task, cell.seed, scale.test_questions, "test")
     if "cap" in changed:
