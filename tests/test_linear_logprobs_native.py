@@ -135,6 +135,29 @@ def test_error_of_long_sums_is_about_that_of_eager(D, instruction_set):
     )
 
 
+@pytest.mark.parametrize("p", [0.5, 0.99, 0.9999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_where_an_entry_that_is_no_target_is_almost_certain(dtype, p, instruction_set):
+    """It is in the sums, and of those next to nothing is left in the entropy."""
+
+    @functools.cache
+    def run(seed, impl, of):
+        (hidden, weight, _, rows, targets), direction, _ = inputs(seed, dtype, p)
+        hidden, weight = (tensor.to(of, copy=True).requires_grad_() for tensor in (hidden[rows], weight))
+        where = torch.arange(len(rows)), targets.roll(1)
+        logps, entropy = linear_logprobs(hidden, weight, *where, entropy=True, impl=impl)
+        grads = torch.autograd.grad(logps, (hidden, weight), direction.to(logps.dtype))
+        return dict(zip(["entropy", *NAMES], (entropy, logps.detach(), *grads), strict=False))
+
+    for name in run(0, "native", dtype):
+        assert_error_about_eagers(
+            actual=lambda seed, name=name: run(seed, "native", dtype)[name],
+            eager=lambda seed, name=name: run(seed, "reference", dtype)[name],
+            exact=lambda seed, name=name: run(seed, "reference", torch.float64)[name],
+            what=f"{name}, p={p}",
+        )
+
+
 def test_what_is_made_again_is_what_was_kept(no_budget):
     arguments, direction, options = inputs(variant="softcap")
     again = results(arguments, direction, options, "native")

@@ -134,7 +134,7 @@ class Forward {
       for (int64_t t = 0; t < tokens.padded; ++t) {
         found.most[t] = std::max(found.most[t], sums[t]);
         found.sum[t] += sums[tokens.padded + t];
-        found.weighted[t] += sums[2 * tokens.padded + t];
+        found.weighted[t] += sums[2 * tokens.padded + t] + double{sums[tokens.padded + t]} * sums[t];
       }
     }
     for (int64_t i = 0; i < tokens.target_count; ++i) {

@@ -15,11 +15,15 @@ constexpr int TILE_STRIDE = COLUMNS + 16;  // rows of a tile a power of two apar
 // Tokens whose exponentials lie packed in that cache at once, for the gradient of hidden.
 constexpr int GRAD_TOKENS = 192;
 
-// Vectors of logits that become exponentials together, to hide each other's latency.
+// Vectors of logits that become exponentials together, to hide each other's latency; and how many of them are summed
+// before their sum is added to the strip's.
 constexpr int FOLDED = 4;
+constexpr int CHAINED = 16;
 
 // Of a product whose logit does not count.
 constexpr float TAKEN = -__builtin_inff();
+// Its logit: minus infinity times its exponential would be NaN.
+constexpr float LOWEST = -1e30f;
 
 // A guess of the largest logit only has to be within e^60 of it.
 constexpr int GUESSED = 64;
@@ -249,7 +253,7 @@ struct Kernel {
     const int64_t depth = units(in.D);
     if (sums) {
       for (int64_t t = 0; t < tokens.padded; ++t) {
-        sums->most[t] = -__builtin_inff();
+        sums->most[t] = LOWEST;
         sums->sum[t] = sums->weighted[t] = 0;
       }
     }
@@ -338,44 +342,68 @@ struct Kernel {
     constexpr int N = FOLDED;
     for (int j = 0; j < columns; j += N * W) {
       const int64_t at = t + j;
-      Float<W> scale[N], inverse[N], shift[N], most[N], sum[N] = {}, weighted[N] = {};
+      Float<W> scale[N], inverse[N], shift[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         scale[n] = load<W>(tokens.scale + at + n * W);
         inverse[n] = load<W>(tokens.inv_temperature + at + n * W);
         shift[n] = load<W>(shifts + at + n * W);
-        most[n] = Float<W>{} - __builtin_inff();
       }
-      for (int i = 0; i < count; ++i) {
-        const float b = bias(in, v + i);
+      for (int first = 0; first < count; first += CHAINED) {
+        const int last = first + CHAINED < count ? first + CHAINED : count;
+        Float<W> x[CHAINED][N], slope[CHAINED][N], most[N], sum[N] = {}, weighted[N] = {};
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
-          const Float<W> product = load<W>(tile + i * TILE_STRIDE + j + n * W);
-          const Logit z = logit(in, product, b, scale[n], inverse[n]);
-          const Float<W> above = z.value - shift[n];
-          const Float<W> low = Float<W>{} - 1e30f;  // minus infinity times its exponential would be NaN
-          const Float<W> x = ((above < low) | (product == TAKEN)) ? low : above;
-          const Float<W> e = exp<W>(x);
-          if (SUM) {
-            most[n] = max<W>(x, most[n]);
-            sum[n] += e;
-            weighted[n] += e * x;
-          }
-          if (keep) {
-            store<W>(tile + i * TILE_STRIDE + j + n * W, in.softcap > 0 ? e * z.slope : e);
+          most[n] = Float<W>{} + LOWEST;
+        }
+        for (int i = first; i < last; ++i) {
+          const float b = bias(in, v + i);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) {
+            const Float<W> product = load<W>(tile + i * TILE_STRIDE + j + n * W);
+            const Logit z = logit(in, product, b, scale[n], inverse[n]);
+            const Float<W> above = z.value - shift[n];
+            const Float<W> low = Float<W>{} + LOWEST;
+            x[i - first][n] = ((above < low) | (product == TAKEN)) ? low : above;
+            if (in.softcap > 0) {
+              slope[i - first][n] = z.slope;
+            }
+            most[n] = max<W>(x[i - first][n], most[n]);
           }
         }
-      }
-      if (SUM) {
+        for (int i = first; i < last; ++i) {
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-          const int64_t k = at + n * W;
-          store<W>(sums.most + k, max<W>(most[n], load<W>(sums.most + k)));
-          store<W>(sums.sum + k, load<W>(sums.sum + k) + sum[n]);
-          store<W>(sums.weighted + k, load<W>(sums.weighted + k) + weighted[n]);
+          for (int n = 0; n < N; ++n) {
+            const Float<W> e = exp<W>(x[i - first][n]);
+            if (SUM) {
+              sum[n] += e;
+              weighted[n] += e * (x[i - first][n] - most[n]);
+            }
+            if (keep) {
+              store<W>(tile + i * TILE_STRIDE + j + n * W, in.softcap > 0 ? e * slope[i - first][n] : e);
+            }
+          }
+        }
+        if (SUM) {
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) {
+            add_sums(most[n], sum[n], weighted[n], at + n * W, sums);
+          }
         }
       }
     }
+  }
+
+  // Exponentials are weighted by how far their logits lie below the largest so far: where one has nearly all of the
+  // sum, the entropy is made of what is left.
+  LATRO_INLINE void add_sums(Float<W> most, Float<W> sum, Float<W> weighted, int64_t at, Sums to) {
+    const Float<W> most_before = load<W>(to.most + at);
+    const Float<W> sum_before = load<W>(to.sum + at);
+    const Float<W> top = max<W>(most, most_before);
+    const Float<W> moved = sum_before * (most_before - top) + sum * (most - top);
+    store<W>(to.most + at, top);
+    store<W>(to.sum + at, sum_before + sum);
+    store<W>(to.weighted + at, load<W>(to.weighted + at) + weighted + moved);
   }
 
   static void hidden_grad(

@@ -52,7 +52,7 @@ struct Problem {
 struct Sums {
   float* most;
   float* sum;       // of exponentials
-  float* weighted;  // of exponentials times logits
+  float* weighted;  // of exponentials times logits less the largest
   float* target;    // [target_count], the logit less the shift; and the slope of the softcap there
   float* slope;
 };
