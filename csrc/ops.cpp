@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(LATRO_NAMESPACE, m) {
   // Adds to hidden_grad and to bias_grad, which is float32; writes weight_grad, or adds to it when it is float32.
   m.def(
       "linear_logprobs_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, "
-      "Tensor numbers, Tensor? temperatures, Tensor logps, Tensor state, Tensor exponentials, Tensor unit_grad, "
+      "Tensor numbers, Tensor? temperatures, Tensor state, Tensor exponentials, Tensor unit_grad, "
       "Tensor(a!)? hidden_grad, Tensor(b!)? weight_grad, Tensor(c!)? bias_grad, "
       "bool accumulate) -> ()");
 

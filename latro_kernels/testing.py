@@ -108,14 +108,18 @@ def peaked_head(
 
 
 def assert_error_about_eagers(
-    actual: Callable[[int], Tensor], eager: Callable[[int], Tensor], exact: Callable[[int], Tensor], what: str
+    actual: Callable[[int], Tensor],
+    eager: Callable[[int], Tensor],
+    exact: Callable[[int], Tensor],
+    what: str,
+    seeds: Iterable[int] = SEEDS,
 ) -> None:
-    """Over five seeds, against float64: RMS error at most 1.1 times eager's in the same dtype, maximum at most twice.
+    """Over all seeds, against float64: RMS error at most 1.1 times eager's in the same dtype, maximum at most twice.
 
     Each argument maps a seed to a result.
     """
     ours, theirs, largest = [], [], 0.0
-    for seed in SEEDS:
+    for seed in seeds:
         truth = exact(seed).double()
         ours.append((actual(seed).double() - truth).flatten())
         theirs.append((eager(seed).double() - truth).flatten())

@@ -163,7 +163,16 @@ int64_t kept_entries(const Call& call, int64_t budget) {
   return fit >= call.problem.V ? call.problem.V : fit / STRIP * STRIP;
 }
 
-// logps and entropy [M]; state [3, M]: the shift, one over the sum, and the slope of the softcap at the target;
+// Rows of the state [STATE_ROWS, M], in float64.
+enum State {
+  SHIFT,
+  ONE_OVER_SUM,
+  SLOPE,  // of the softcap at the target
+  LOGP,
+  STATE_ROWS,
+};
+
+// logps and entropy [M]; the state;
 // exponentials [entries kept, M padded]; unit_grad [M padded + BLOCK_ROWS, D padded], in whose place nothing is kept.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden,
@@ -184,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   };
   Tensor logps = floats({M});
   Tensor entropy = floats({M});
-  Tensor state = floats({3, M});
+  Tensor state = torch::stable::new_empty(hidden, {STATE_ROWS, M}, ScalarType::Double);
   Tensor exponentials = torch::stable::new_empty(hidden, {kept, columns});
   // Rows behind the last are written with the last block.
   Tensor unit = floats({unit_grad ? columns + BLOCK_ROWS : 0, call.grad_stride()});
@@ -193,17 +202,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       unit_grad ? static_cast<float*>(unit.mutable_data_ptr()) : nullptr);
   float* to_logps = static_cast<float*>(logps.mutable_data_ptr());
   float* to_entropy = static_cast<float*>(entropy.mutable_data_ptr());
-  float* to_state = static_cast<float*>(state.mutable_data_ptr());
+  double* to_state = static_cast<double*>(state.mutable_data_ptr());
   for (size_t b = 0; b < call.plan->blocks.size(); ++b) {
     const Statistics found = pass.run(call.plan->blocks[b]);
     for (const int64_t m : call.plan->members[b]) {
       const Place place = call.plan->places[m];
       const double sum = found.sum[place.token];
-      to_logps[m] = static_cast<float>(log_share(found.target[place.target], sum));
+      const double logp = log_share(found.target[place.target], sum);
+      to_logps[m] = static_cast<float>(logp);
       to_entropy[m] = static_cast<float>(std::log(sum) - found.weighted[place.token] / sum);
-      to_state[m] = found.shift[place.token];
-      to_state[M + m] = static_cast<float>(1 / sum);
-      to_state[2 * M + m] = found.slope[place.target];
+      to_state[SHIFT * M + m] = found.shift[place.token];
+      to_state[ONE_OVER_SUM * M + m] = 1 / sum;
+      to_state[SLOPE * M + m] = found.slope[place.target];
+      to_state[LOGP * M + m] = logp;
     }
   }
   return {logps, entropy, state, exponentials, unit};
@@ -221,8 +232,7 @@ struct Factors {
       const std::vector<int64_t>& members,
       const Plan& plan,
       const float* grad,
-      const float* logps,
-      const float* state,
+      const double* state,
       int64_t M)
       : shift(block.scale.size(), INFINITY), token(block.scale.size()), target(block.targets.size()) {
     std::vector<double> of_token(block.scale.size());
@@ -236,11 +246,12 @@ struct Factors {
       const double all = of_token[place.token];
       const double own = of_target[place.target];
       const double scale = block.scale[place.token];
-      shift[place.token] = state[m];
-      token[place.token] = static_cast<float>(all * state[M + m] * scale);
+      shift[place.token] = static_cast<float>(state[SHIFT * M + m]);
+      token[place.token] = static_cast<float>(all * state[ONE_OVER_SUM * M + m] * scale);
       // C p - c without cancellation where p is almost 1.
-      const double slope = (all - own) * std::exp(double{logps[m]}) + own * std::expm1(double{logps[m]});
-      target[place.target] = static_cast<float>(slope * scale * state[2 * M + m]);
+      const double logp = state[LOGP * M + m];
+      const double slope = (all - own) * std::exp(logp) + own * std::expm1(logp);
+      target[place.target] = static_cast<float>(slope * scale * state[SLOPE * M + m]);
     }
   }
 };
@@ -437,7 +448,6 @@ void backward(
     const Tensor& targets,
     const Tensor& numbers,
     const std::optional<Tensor>& temperatures,
-    const Tensor& logps_,
     const Tensor& state_,
     const Tensor& exponentials,
     const Tensor& unit_grad,
@@ -448,11 +458,10 @@ void backward(
   const Call call(hidden, weight, bias, rows, targets, numbers, temperatures);
   const int64_t M = call.M;
   const Tensor grad = vector_argument(OP, "grad", grad_, M, ScalarType::Float, hidden);
-  const Tensor logps = vector_argument(OP, "logps", logps_, M, ScalarType::Float, hidden);
   const Tensor state = torch::stable::contiguous(state_);
   require(
-      state.numel() == 3 * M && state.scalar_type() == ScalarType::Float, OP, ": state must be the forward's, [3, ", M,
-      "]");
+      state.numel() == STATE_ROWS * M && state.scalar_type() == ScalarType::Double, OP,
+      ": state must be the forward's, [", int{STATE_ROWS}, ", ", M, "]");
   const int64_t columns = round_up(M, LANES);
   require(
       exponentials.dim() == 2 && exponentials.size(1) == columns && exponentials.size(0) <= call.problem.V &&
@@ -487,8 +496,7 @@ void backward(
       has_unit ? static_cast<const float*>(unit_grad.const_data_ptr()) : nullptr, grads);
   for (size_t b = 0; b < blocks.size(); ++b) {
     const Factors factors(
-        blocks[b], call.plan->members[b], *call.plan, grad.const_data_ptr<float>(), logps.const_data_ptr<float>(),
-        state.const_data_ptr<float>(), M);
+        blocks[b], call.plan->members[b], *call.plan, grad.const_data_ptr<float>(), state.const_data_ptr<double>(), M);
     pass.run(blocks[b], factors, b == 0);
   }
   if (total) {

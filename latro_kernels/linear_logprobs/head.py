@@ -36,15 +36,27 @@ class Grads(NamedTuple):
     bias: Tensor | None
 
 
+class OfShard(NamedTuple):
+    """What ranks that share a vocabulary need of what a backend has found on one's rows. [M], in float64."""
+
+    lse: Tensor  # log of the sum of exponentials of logits
+    logps: Tensor
+    slope: Tensor  # of the softcap at the target
+    kept: Sequence[Tensor]  # makes add_grads take a target of another rank for any entry: gradients of p, not of p − 1
+
+
 class Kernels(NamedTuple):
     """The two halves of a backend, for callers who make gradients themselves."""
 
     # Takes the operator's arguments, a memory budget in bytes, and whether to make the gradient of hidden for a
-    # coefficient of 1. Returns logps [M], entropy [M], and more for add_grads.
+    # coefficient of 1. Returns logps [M], entropy [M], and what add_grads needs.
     forward: Callable[..., tuple[Tensor, ...]]
-    # Takes d loss / d logps [M], the head, what forward returned but entropy, and whether the gradient of weight is to
-    # be written, not added to.
+    # Takes d loss / d logps [M], the head, what forward returned behind entropy, and whether the gradient of weight is
+    # to be written, not added to.
     add_grads: Callable[[Tensor, Head, Sequence[Tensor], Grads, bool], None]
+    # Where weight has some of the vocabulary's rows: takes which targets are among them [M], logps, and what add_grads
+    # takes.
+    of_shard: Callable[[Tensor, Tensor, Sequence[Tensor]], OfShard]
 
 
 def head_of(
@@ -94,9 +106,9 @@ def new_grads(head: Head, for_hidden: bool, for_weight: bool, for_bias: bool, wh
 
 def register_autograd(operator: str, add_grads: Callable[[Tensor, Head, Sequence[Tensor], Grads, bool], None]) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logps, entropy, *kept = output
+        _, entropy, *kept = output
         ctx.mark_non_differentiable(entropy, *kept)
-        ctx.save_for_backward(*inputs[: len(Head._fields)], logps, *kept)
+        ctx.save_for_backward(*inputs[: len(Head._fields)], *kept)
 
     def backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time

@@ -16,10 +16,10 @@ from torch import Tensor
 from latro_kernels import _native
 from latro_kernels._autograd import refuse_forward_mode
 from latro_kernels.linear_logprobs import cuda
-from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, head_of, register_autograd, score
+from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, OfShard, head_of, register_autograd, score
 
 OPERATOR = "latro_kernels::linear_logprobs"
-STRIP, LANES, BLOCK_ROWS = 192, 64, 12  # as in csrc/linear_logprobs: call.h and plan.h
+STRIP, LANES, BLOCK_ROWS, STATE_ROWS = 192, 64, 12, 4  # as in csrc/linear_logprobs: call.h, plan.h and cpu.cpp
 
 
 def linear_logprobs(
@@ -52,11 +52,21 @@ def add_grads(grad: Tensor, head: Head, kept: Sequence[Tensor], grads: Grads, fi
 
 
 def _add_grads(grad: Tensor, head: Head, kept: Sequence[Tensor], grads: Grads, first: bool) -> None:
-    """kept: the forward's logps, state, exponentials and unit_grad."""
+    """kept: the forward's state, exponentials and unit_grad."""
     torch.ops.latro_kernels.linear_logprobs_backward(grad, *head, *kept, *grads, not first)
 
 
-KERNELS = Kernels(forward, add_grads)
+def of_shard(here: Tensor, logps: Tensor, kept: Sequence[Tensor]) -> OfShard:
+    if here.is_cuda:
+        return cuda.KERNELS.of_shard(here, logps, kept)
+    state, *more = kept
+    *others, logps = state
+    shift, one_over_sum, slope = others
+    taken = torch.where(here, logps, logps.exp().log1p())  # its expm1, which is p − 1 at a target, is p
+    return OfShard(shift - one_over_sum.log(), logps, slope, [torch.stack([*others, taken]), *more])
+
+
+KERNELS = Kernels(forward, add_grads, of_shard)
 
 
 def _up(size: Any, to: int) -> Any:
@@ -76,7 +86,8 @@ def _fake(
         return hidden.new_empty(size, dtype=torch.float32)
 
     unit = floats(columns + BLOCK_ROWS if unit_grad else 0, _up(D, LANES))
-    return floats(M), floats(M), floats(3, M), hidden.new_empty(kept, columns), unit
+    state = hidden.new_empty((STATE_ROWS, M), dtype=torch.float64)
+    return floats(M), floats(M), state, hidden.new_empty(kept, columns), unit
 
 
 if _native.available:

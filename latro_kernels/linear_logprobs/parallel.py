@@ -16,7 +16,6 @@ Sizes: T hidden rows, D hidden, V vocabulary, M scored tokens, W ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +29,6 @@ from torch.autograd.function import once_differentiable
 
 from latro_kernels._autograd import accumulator, refuse_forward_mode
 from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, head_of, new_grads, score
-from latro_kernels.linear_logprobs.protocol import ENTRY, LOGIT, SHIFT, SLOPE, STATE_ROWS, TOTAL
 from latro_kernels.linear_logprobs.reference import logits_of
 
 if TYPE_CHECKING:
@@ -116,7 +114,8 @@ def backend(kernels: Kernels | None, shard: VocabularyShard) -> Callable[..., tu
 
 def sharded(kernels: Kernels, shard: VocabularyShard) -> Kernels:
     """The same halves for targets of the whole vocabulary, on this rank's rows."""
-    return Kernels(partial(_Sharded.apply, kernels, shard), partial(_add_grads, kernels, shard))
+    forward, add_grads = partial(_Sharded.apply, kernels, shard), partial(_add_grads, kernels, shard)
+    return kernels._replace(forward=forward, add_grads=add_grads)
 
 
 def _linear_logprobs(kernels: Kernels, *operands: Any) -> tuple[Tensor, Tensor | None]:
@@ -152,18 +151,20 @@ def _reference(
 
 
 class _Sharded(torch.autograd.Function):
-    """Kernels.forward. What it returns more: logps of the shard, what the backend returned more, and log w_r [M]."""
+    """Kernels.forward. What it returns more: what the kernels' own add_grads takes, ∂l / ∂(x·W + b) at the target [M]
+    and log w_r [M]."""
 
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, shard: VocabularyShard, *arguments: Any) -> tuple[Tensor, ...]:
         *operands, budget, unit_grad = arguments
         head = Head(*operands)
         of_shard, here = _of_shard(shard, head)
-        own_logps, own_entropy, *kept = kernels.forward(*of_shard, budget, unit_grad)
-        logps, entropy, log_share = _combine(shard, here, _log_sum_exp(kept[0]), own_logps, own_entropy)
-        outputs = logps.float(), entropy.float(), *_with_targets_here_alone(here, own_logps, kept), log_share
+        logps, entropy, *kept = kernels.forward(*of_shard, budget, unit_grad)
+        own = kernels.of_shard(here, logps, kept)
+        logps, entropy, log_share = _combine(shard, here, own.lse, own.logps, entropy)
+        outputs = logps.float(), entropy.float(), *own.kept, _slope(head, own.slope), log_share
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*head, outputs[0], *outputs[2:])
+        ctx.save_for_backward(*head, *outputs[2:])
         ctx.kernels, ctx.shard = kernels, shard
         return outputs
 
@@ -216,11 +217,11 @@ def _add_grads(
     grads: Grads,
     first: bool,
 ) -> None:
-    _, *of_kernels, log_share = kept
+    *of_kernels, slope, log_share = kept
     of_shard, here = _of_shard(shard, head)
     own = _own_grads(of_shard, grads)
     kernels.add_grads((grad * log_share.exp()).float(), of_shard, of_kernels, own, first)
-    missing = torch.where(here, grad * -torch.expm1(log_share), 0) * _slope(of_shard, of_kernels)
+    missing = torch.where(here, grad * -torch.expm1(log_share), 0) * slope
     missing = missing.float()[:, None]
     if grads.hidden is not None and own.hidden is not None:
         of_tokens = own.hidden + missing * head.weight[of_shard.targets]
@@ -241,43 +242,17 @@ def _own_grads(of_shard: Head, grads: Grads) -> Grads:
     return Grads(room.hidden, room.weight if rounded else grads.weight, grads.bias)
 
 
+def _slope(head: Head, of_softcap: Tensor) -> Tensor:
+    temperature, _, logit_scale = head.numbers
+    return of_softcap * logit_scale / (temperature if head.temperatures is None else head.temperatures)
+
+
 def _add_rows(to: Tensor, rows: Tensor, values: Tensor) -> None:
     """to[rows] += values, in float32 and always in the same order."""
     total = to if to.dtype == torch.float32 else torch.zeros_like(to, dtype=torch.float32)
     total.index_put_((rows,), values, accumulate=True)
     if total is not to:
         to.add_(total)
-
-
-# What a backend keeps of each token: logps, state, and more. state is that of csrc/linear_logprobs/cpu.cpp, [3, M], or
-# that of protocol.py.
-
-
-def _log_sum_exp(state: Tensor) -> Tensor:
-    """Of the logits, in float64: as precise however large they are."""
-    if len(state) == STATE_ROWS:
-        return (state[SHIFT].double() + state[TOTAL].double().log2()) * math.log(2)
-    shift, one_over_sum, _ = state.double()
-    return shift - one_over_sum.log()
-
-
-def _slope(head: Head, kept: Sequence[Tensor]) -> Tensor:
-    """∂l / ∂(x·W + b) at the target, in float64."""
-    _, state, *_ = kept
-    of_softcap = state[SLOPE if len(state) == STATE_ROWS else 2]
-    temperature, _, logit_scale = head.numbers
-    return of_softcap * logit_scale / (temperature if head.temperatures is None else head.temperatures)
-
-
-def _with_targets_here_alone(here: Tensor, logps: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-    """What makes the kernels take a target that is not here for any other entry: gradients of p, not of p − 1."""
-    state, *more = kept
-    if len(state) == STATE_ROWS:
-        entry = torch.exp2(state[LOGIT] - state[SHIFT]) * state[SLOPE]
-        state[ENTRY] = torch.where(here, state[ENTRY], entry)
-    else:
-        logps = torch.where(here, logps, logps.exp().log1p())  # its expm1 is p
-    return [logps, state, *more]
 
 
 class _Gather(torch.autograd.Function):

@@ -44,10 +44,14 @@ import torch
 from torch import Tensor
 
 from latro_kernels._gpu import on_device_of
-from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, register_autograd
+from latro_kernels.linear_logprobs.head import Grads, Head, Kernels, OfShard, register_autograd
 from latro_kernels.linear_logprobs.protocol import (
     ALIGNMENT,
+    ENTRY,
     HIGHEST,
+    LOGIT,
+    SHIFT,
+    SLOPE,
     STATE_ROWS,
     TEMPERATURE,
     TOTAL,
@@ -89,11 +93,19 @@ def register(operator: str, steps: Steps) -> Kernels:
         return getattr(operators, name)(*arguments)
 
     def add_grads(grad: Tensor, head: Head, kept: Sequence[Tensor], grads: Grads, first: bool) -> None:
-        """kept: the forward's logps, state, exponentials and unit_grad."""
-        getattr(operators, f"{name}_backward")(grad, *head, *kept[1:], *grads, not first)
+        """kept: the forward's state, exponentials and unit_grad."""
+        getattr(operators, f"{name}_backward")(grad, *head, *kept, *grads, not first)
 
     register_autograd(operator, add_grads)
-    return Kernels(forward, add_grads)
+    return Kernels(forward, add_grads, _of_shard)
+
+
+def _of_shard(here: Tensor, logps: Tensor, kept: Sequence[Tensor]) -> OfShard:
+    state, *more = kept
+    lse = (state[SHIFT].double() + state[TOTAL].double().log2()) * math.log(2)
+    taken = state.clone()
+    taken[ENTRY] = torch.where(here, state[ENTRY], torch.exp2(state[LOGIT] - state[SHIFT]) * state[SLOPE])
+    return OfShard(lse, logps.double(), state[SLOPE].double(), [taken, *more])
 
 
 def _sorted(head: Head) -> tuple[Head, Tensor]:

@@ -117,7 +117,7 @@ def _add_part(
     logps[part], entropy[part] = found, uncertainty
     # The log-probs of later prompts are still 0; this part's coefficients do not depend on them.
     terms, coefficients = _coefficients(terms_of, logps)
-    kernels.add_grads(coefficients[part].contiguous(), of_part, [found, *kept], grads, part.start == 0)
+    kernels.add_grads(coefficients[part].contiguous(), of_part, kept, grads, part.start == 0)
     return terms
 
 
