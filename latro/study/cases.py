@@ -34,15 +34,15 @@ def failures(study: Study) -> str:
             for row in _beside(study, "recipes", task=task, recipe=recipe, method=method):
                 asked += 1
                 if row[-1].startswith(WRONG):
-                    rows.append([row[0], recipe, *row[1:]])
+                    rows.append([row[0], recipe, label(method), *row[1:]])
     if not asked:
         return "No run of the first seed yet."
     counted = f"{len(rows)} of {asked} such questions were answered wrongly after training"
     if not rows:
         return f"{counted}."
     shown = f", of which the first {SHOWN} are shown" if len(rows) > SHOWN else ""
-    heads = ["task", "base's recipe", "question", "golden", "base", "trained"]
-    return f"{counted}{shown}:\n\n{table(heads, rows[:SHOWN], words=6)}"
+    heads = ["task", "base's recipe", "method", "question", "golden", "base", "trained"]
+    return f"{counted}{shown}:\n\n{table(heads, rows[:SHOWN], words=7)}"
 
 
 RIGHT, WRONG = "✓", "✗"

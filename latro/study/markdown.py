@@ -74,7 +74,9 @@ def share(results: Sequence[Result], holds: Callable[[Result], bool]) -> str:
 
 
 def probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.3f}" if round(p, 3) != 0.05 else f"{p:.4f}"  # on which side of it
 
 
 def over_seeds(study: Study) -> str:
