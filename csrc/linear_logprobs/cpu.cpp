@@ -172,8 +172,8 @@ enum State {
   STATE_ROWS,
 };
 
-// logps and entropy [M]; the state;
-// exponentials [entries kept, M padded]; unit_grad [M padded + BLOCK_ROWS, D padded], in whose place nothing is kept.
+// logps and entropy [M]; the state; exponentials [entries kept, M padded]; unit_grad [M padded + BLOCK_ROWS, D padded],
+// in whose place nothing is kept.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden,
     const Tensor& weight,

@@ -60,10 +60,10 @@ def of_shard(here: Tensor, logps: Tensor, kept: Sequence[Tensor]) -> OfShard:
     if here.is_cuda:
         return cuda.KERNELS.of_shard(here, logps, kept)
     state, *more = kept
-    *others, logps = state
-    shift, one_over_sum, slope = others
-    taken = torch.where(here, logps, logps.exp().log1p())  # its expm1, which is p − 1 at a target, is p
-    return OfShard(shift - one_over_sum.log(), logps, slope, [torch.stack([*others, taken]), *more])
+    shift, one_over_sum, slope, exact_logps = state
+    taken = torch.where(here, exact_logps, exact_logps.exp().log1p())  # its expm1, which is p − 1 at a target, is p
+    kept = [torch.stack([shift, one_over_sum, slope, taken]), *more]
+    return OfShard(shift - one_over_sum.log(), exact_logps, slope, kept)
 
 
 KERNELS = Kernels(forward, add_grads, of_shard)

@@ -158,7 +158,7 @@ class _Sharded(torch.autograd.Function):
     def forward(ctx: Any, kernels: Kernels, shard: VocabularyShard, *arguments: Any) -> tuple[Tensor, ...]:
         *operands, budget, unit_grad = arguments
         head = Head(*operands)
-        of_shard, here = _of_shard(shard, head)
+        of_shard, here = _head_of_shard(shard, head)
         logps, entropy, *kept = kernels.forward(*of_shard, budget, unit_grad)
         own = kernels.of_shard(here, logps, kept)
         logps, entropy, log_share = _combine(shard, here, own.lse, own.logps, entropy)
@@ -180,7 +180,7 @@ class _Sharded(torch.autograd.Function):
         return None, None, *(None if own is None else own.to(dtype) for own in grads), *(None for _ in range(6))
 
 
-def _of_shard(shard: VocabularyShard, head: Head) -> tuple[Head, Tensor]:
+def _head_of_shard(shard: VocabularyShard, head: Head) -> tuple[Head, Tensor]:
     """The head that the kernels see, with a hidden row for each token and a target here; and which targets are here.
 
     A row of its own, because of tokens that share one the kernels would find each other's targets.
@@ -218,7 +218,7 @@ def _add_grads(
     first: bool,
 ) -> None:
     *of_kernels, slope, log_share = kept
-    of_shard, here = _of_shard(shard, head)
+    of_shard, here = _head_of_shard(shard, head)
     own = _own_grads(of_shard, grads)
     kernels.add_grads((grad * log_share.exp()).float(), of_shard, of_kernels, own, first)
     missing = torch.where(here, grad * -torch.expm1(log_share), 0) * slope
