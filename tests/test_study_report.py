@@ -141,6 +141,11 @@ def test_a_table_has_the_same_cells_in_each_row(whole, name):
     assert not not_numbers(text)
 
 
+def test_a_probability_says_on_which_side_of_the_level_it_is():
+    shown = [probability(p) for p in (0.0004, 0.0123, 0.0498, 0.0502, 0.4)]
+    assert shown == ["< 0.001", "0.012", "0.0498", "0.0502", "0.400"]
+
+
 def test_written():
     assert written(estimate([0.5, 0.7]), PERCENT, 2) == "60.0 ± 127.1"
     assert written(estimate([0.5]), PERCENT, 1) == "50.0"

@@ -25,6 +25,7 @@ def test_a_step(family, lora):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of themselves
 @adapted
 @families
 def test_a_compiled_step(family, lora):

@@ -12,6 +12,7 @@ import warnings
 import peft
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from latro.model import TreeModel
 from latro.model.attention import decoder_of, layers_of
@@ -25,7 +26,7 @@ FAMILIES = """
     starcoder2
 """.split()  # noqa: SIM905
 
-# By which differences in rounding may differ: most models compute parts of themselves in float32.
+# What rounding may come to: most models compute parts of themselves in float32.
 TOLERANCE = 1e-5
 
 
@@ -48,10 +49,13 @@ def training_step(family: str, *, lora: bool, compiled: bool) -> float:
         adapter = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         model = peft.get_peft_model(model, adapter).get_base_model()
     expected = gradients(copy.deepcopy(model), lambda policy: published(policy, reference))
+    torch.compiler.reset()
+    counters.clear()
     if compiled:
         for _, layer in layers_of(decoder_of(model)):
             layer.compile()
     given = gradients(model, lambda policy: packed(policy, reference))
+    assert bool(counters["stats"]["unique_graphs"]) == compiled
     largest = max(gradient.abs().max() for gradient in expected.values())
     take_step(model)
     return max(float((given[name] - gradient).abs().max() / largest) for name, gradient in expected.items())
@@ -84,7 +88,6 @@ def take_step(model: nn.Module) -> None:
 
 
 def outcome(family: str, **how: bool) -> str:
-    torch.compiler.reset()
     try:
         error = training_step(family, **how)
     except Exception as failure:
