@@ -32,7 +32,7 @@ VARIANTS = {
     "softcap": {"softcap": 4.0, "logit_scale": 0.7, "temperature": 0.8},
 }
 SCORED = 11
-MORE = {"tokens": 17, "scored": 34}  # where it is statistics that are compared
+MORE = {"tokens": 33, "scored": 64}  # where it is statistics that are compared
 TRITON_TILES = {
     "logits": {"BLOCK_M": 16, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP_M": 2},
     "epilogue": {"BLOCK_M": 16, "BLOCK_V": 64},

@@ -218,11 +218,11 @@ struct Kernel {
     Unit* left = reinterpret_cast<Unit*>(scratch + ENTRIES * TILE_STRIDE);
     const int count = static_cast<int>(smaller(GUESSED, in.V));
     const auto entry = [&](int i) { return i * in.V / count; };
-    const int rows = load_left<CHAIN>([&](int i) { return row(in.weight, entry(i)); }, count, in.D, left);
+    const int rows = load_left<CHAIN<W>>([&](int i) { return row(in.weight, entry(i)); }, count, in.D, left);
     const int64_t depth = units(in.D);
     for (int64_t t = first; t < last; t += COLUMNS) {
       const int columns = static_cast<int>(smaller(COLUMNS, last - t));
-      multiply<W, CHAIN, Unit>(
+      multiply<W, CHAIN<W>, Unit>(
           rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(packed) + t * depth, tile, TILE_STRIDE);
       for (int j = 0; j < columns; j += W) {
         Float<W> most = Float<W>{} - __builtin_inff();
@@ -259,11 +259,11 @@ struct Kernel {
     }
     for (int64_t v = entries.begin; v < entries.end; v += ENTRIES) {
       const int count = static_cast<int>(smaller(ENTRIES, entries.end - v));
-      const int rows = load_left<CHAIN>([&](int i) { return row(in.weight, v + i); }, count, in.D, left);
+      const int rows = load_left<CHAIN<W>>([&](int i) { return row(in.weight, v + i); }, count, in.D, left);
       const Entries targets = targets_of(tokens, v, v + count);
       for (int64_t t = 0; t < tokens.padded; t += COLUMNS) {
         const int columns = static_cast<int>(smaller(COLUMNS, tokens.padded - t));
-        multiply<W, CHAIN, Unit>(
+        multiply<W, CHAIN<W>, Unit>(
             rows, ENTRIES, depth, columns, left, static_cast<const Unit*>(packed) + t * depth, tile, TILE_STRIDE);
         take_targets(in, tokens, shift, targets, v, t, columns, sums, tile);
         if (sums) {
@@ -531,9 +531,9 @@ struct Kernel {
 
   static float bias_grad(const Tokens& tokens, const T* e, const float* factor) {
     double total = 0;
-    for (int64_t first = 0; first < tokens.padded; first += CHAIN) {
+    for (int64_t first = 0; first < tokens.padded; first += CHAIN<W>) {
       Float<W> part = {};
-      for (int64_t t = first; t < smaller(first + CHAIN, tokens.padded); t += W) {
+      for (int64_t t = first; t < smaller(first + CHAIN<W>, tokens.padded); t += W) {
         part += load<W>(e + t) * load<W>(factor + t);
       }
       total += sum<W>(part);

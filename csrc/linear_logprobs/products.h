@@ -19,8 +19,10 @@ constexpr int PANEL = 2 * W;
 template <int W>
 constexpr int DEPTH = 2048 / W;
 
-// The same for logits, where a longer chain of roundings would err up to twice as much as eager.
-constexpr int CHAIN = 128;
+// The same for logits, where a longer chain of roundings would err up to twice as much as eager; shorter where products
+// are rounded by themselves.
+template <int W>
+constexpr int CHAIN = W == 4 ? 16 : 128;
 
 template <int W, class Unit>
 struct Arithmetic;
