@@ -162,7 +162,12 @@ def _in_fresh_process(run: Contestant, folder: str, inexact: bool, compiled: boo
 
 @functools.cache
 def start_processes() -> Any:
-    """Makes processes by forking one that has imported everything and computed nothing, which starts doing so now."""
+    """Makes processes by forking one that has imported everything and computed nothing, which starts doing so now.
+
+    Blocks that a contestant lets go return to the system, so that its peak is what it needs: glibc keeps some, how many
+    depends on what came before.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(64 << 10)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])

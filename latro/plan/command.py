@@ -11,9 +11,11 @@ from latro.plan.layout import (
     Update,
     estimates,
     pieces_of_prompt,
+    precision_of,
     rollout_seconds,
 )
 from latro.plan.machine import ATTENTION, GPUS, LINKS, MEMORY, PRODUCTS, USABLE, Machine
+from latro.plan.memory import backward_peak, waiting
 from latro.plan.shape import named_shape
 from latro.plan.work import PROCEDURES, Batch, flops
 
@@ -114,6 +116,7 @@ def _procedures(layout: Layout, update: Update, machine: Machine) -> str:
             ("times ours", *(f"{total / totals[-1]:.1f}" for total in totals)),
             ("without sampling, times ours", *(f"{one / learning[-1]:.1f}" for one in learning)),
             ("TFLOP", *(f"{_flops_of_rationale(name, update) / 1e12:.2f}" for name in columns)),
+            ("GB of a prompt's backward pass", *(f"{_peak(name, layout, update) / 1e9:.1f}" for name in columns)),
         ]
     )
 
@@ -122,6 +125,14 @@ def _flops_of_rationale(procedure: str, update: Update) -> float:
     """Of scoring and learning."""
     works = PROCEDURES[procedure](update.batch)
     return sum(sum(flops(update.shape, work).values()) for work in works) / update.batch.num_generations
+
+
+def _peak(procedure: str, layout: Layout, update: Update) -> int:
+    """Bytes of a prompt with all its rationales, no layer checkpointed, parameters and their gradients aside."""
+    precision = precision_of(update, layout)
+    return backward_peak(
+        update.shape, precision, waiting(procedure, update.shape, update.batch, precision, update.budget)
+    )
 
 
 def _of_rationale(procedure: str, layout: Layout, update: Update, machine: Machine) -> dict[str, float]:

@@ -6,10 +6,11 @@ Activations are those of eager transformers in layers like Llama's and Qwen3's, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latro.plan.shape import Layer, Norm, Shape
-from latro.plan.work import Batch, Pass, ours, padded, published
+from latro.plan.work import PROCEDURES, Batch, Pass
 
 FLOAT = 4  # bytes
 
@@ -68,27 +69,74 @@ def exponentials(shape: Shape, work: Pass, precision: Precision, budget: int) ->
     return 0 if shape.adapter else min(budget, work.head_rows * shape.V * precision.products)
 
 
-def full_logits(shape: Shape, rows: int) -> int:
-    """Log-softmax, its gradient and that of the logits, in float32: the most that is there at once."""
-    return 3 * rows * shape.V * FLOAT
+@dataclass(frozen=True)
+class Head:
+    """Bytes of the head of one pass, gradients of its weight aside."""
+
+    kept: int  # from its forward pass to its backward pass
+    moments: tuple[tuple[int, int], ...]  # of its backward pass: bytes, and gradients of its weight beside them
 
 
-def step_bytes(procedure: str, shape: Shape, batch: Batch, precision: Precision, budget: int) -> dict[str, int]:
-    """Of a micro-batch by kind, gradients of parameters and the parameters themselves aside.
+def fused_head(shape: Shape, work: Pass, precision: Precision, budget: int) -> Head:
+    kept = exponentials(shape, work, precision, budget)
+    return Head(kept, ((kept + work.tokens * shape.D * precision.products, 1),))
 
-    A micro-batch is a prompt with all its rationales; for the authors' procedure it is one of `batch`'s size.
-    """
 
-    def saved(work: Pass) -> int:
-        return activations(shape, precision, work.tokens, checkpoint=False)
+def full_logits(shape: Shape, work: Pass, precision: Precision) -> Head:
+    """Log-softmax in float32; its gradient and that of the logits; then the head's two products."""
+    logits = work.head_rows * shape.V
+    of_input = work.head_rows * shape.D * precision.products
+    return Head(logits * FLOAT, ((3 * logits * FLOAT, 0), (logits * precision.products + of_input, 1)))
 
+
+def waiting(procedure: str, shape: Shape, batch: Batch, precision: Precision, budget: int) -> list[tuple[Pass, Head]]:
+    """Passes that a micro-batch, a prompt with all its rationales, makes before it goes backward through them."""
+    works = [work for work in PROCEDURES[procedure](batch) if work.learns]
     if procedure == "ours":
-        _, work = ours(batch)
-        head = exponentials(shape, work, precision, budget) + work.tokens * shape.D * precision.products
-        return {"activations": saved(work), "head": head}
-    if procedure == "padded rewrite":
-        _, work = padded(batch)
-        return {"activations": saved(work), "head": full_logits(shape, work.head_rows)}
-    *_, first, second = published(batch)
-    kept = first.head_rows * shape.V * FLOAT  # the log-softmax of x+z, while x+z+y goes backward
-    return {"activations": saved(first) + saved(second), "head": kept + full_logits(shape, second.head_rows)}
+        return [(work, fused_head(shape, work, precision, budget)) for work in works]
+    return [(work, full_logits(shape, work, precision)) for work in works]
+
+
+def backward_peak(
+    shape: Shape, precision: Precision, passes: list[tuple[Pass, Head]], *, gradient: int = 0, is_first: bool = True
+) -> int:
+    """Most bytes that there are at once from the end of the forward passes to the last gradient, parameters aside.
+
+    gradient: bytes of each parameter's gradient, 0 where they are counted elsewhere. is_first: there are no gradients
+    of earlier micro-batches.
+    """
+    return max(_moments(shape, precision, passes, gradient, is_first))
+
+
+def _moments(
+    shape: Shape, precision: Precision, passes: list[tuple[Pass, Head]], gradient: int, is_first: bool
+) -> Iterator[int]:
+    """Bytes by moment, from the last pass's head to the first pass's embedding.
+
+    A parameter's gradient waits until every pass has given its part; then it joins what earlier micro-batches left.
+    """
+    gradients = 0 if is_first else shape.trained * gradient
+    saved = [activations(shape, precision, work.tokens, checkpoint=False) + head.kept for work, head in passes]
+    of_head = 0 if shape.adapter else shape.D * shape.V * gradient
+    of_embedding = 0 if shape.adapter else shape.unread * gradient or of_head
+    for number, (work, head) in reversed(list(enumerate(passes))):
+        is_last = number == len(passes) - 1
+        waits = is_last and (is_first or number > 0)
+        joins = not is_last and number == 0 and not is_first
+        change, made = waits - joins, 1 if is_last else 2  # a sum with what waits is one more
+        held, flowing = sum(saved[: number + 1]) - head.kept, work.tokens * shape.D * precision.residual
+        for size, weights in head.moments:
+            yield held + size + gradients + weights * of_head
+        yield held + flowing + gradients + made * of_head
+        gradients += change * of_head
+        for layer in reversed(shape.layers):
+            of_layer = gradient * (_adapter(layer) if shape.adapter else layer.parameters)
+            yield held + flowing + gradients + of_layer
+            gradients += change * of_layer
+            held -= work.tokens * saved_by_layer(shape, layer, precision)
+        yield sum(saved[:number]) + flowing + gradients + made * of_embedding
+        gradients += change * of_embedding
+
+
+def _adapter(layer: Layer) -> int:
+    return sum(linear.size for linear in layer.linears if linear.trained)
