@@ -232,8 +232,16 @@ def peak_gflops(dtype: torch.dtype = torch.float32) -> float:
 
 @functools.cache
 def bf16_is_emulated() -> bool:
-    """Whether torch's bfloat16 products, in the layouts of a head, run at less than a quarter of float32's rate."""
-    return _product_gflops(256, torch.bfloat16) < _product_gflops(256, torch.float32) / 4
+    """Whether torch's bfloat16 products, in the layouts of a head, run at less than a quarter of float32's rate.
+
+    On one thread: several wait for each other while a process that starts takes a core.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _product_gflops(256, torch.bfloat16) < _product_gflops(256, torch.float32) / 4
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _product_gflops(n: int, dtype: torch.dtype) -> float:
