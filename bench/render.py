@@ -1,6 +1,6 @@
 """Tables and plots of what the benchmarks measured.
 
-python -m bench.render bench/results/FOLDER       a summary into README.md; every case, and plots, into the folder
+python -m bench.render bench/results/FOLDER …     a summary of each into README.md; every case, and a plot, into it
 python -m bench.render                            of a GPU, from the newest gpu.json in bench/results, into README.md,
                                                   and a plot beside it
 """
@@ -26,25 +26,35 @@ LEGEND = (
 RIVALS = ("trl", "liger-kernel", "cut-cross-entropy")
 SMALL_MEMORY = 32 * 2**20  # of which what libraries touch for the first time is a good part
 ROOFLINE = "roofline.svg"
-QUESTIONS = ("attention", "head", "step", "scaling", "rollout")
+QUESTIONS = ("attention", "head", "step", "scaling", "loops", "trainers", "rollout")
 AXES = {"K": "rationales of a prompt", "P": "tokens of the prompt", "V": "vocabulary"}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.render")
-    parser.add_argument("results", type=Path, nargs="?", help="a folder that `pytest bench/ --save` wrote")
-    folder = parser.parse_args().results
-    if folder is None:
+    parser.add_argument("results", type=Path, nargs="*", help="folders that `pytest bench/ --save` wrote")
+    folders = parser.parse_args().results
+    if not folders:
         newest = max(RESULTS.glob("*/gpu.json"), default=None)
         found = json.loads(newest.read_text()) if newest else None
         into_readme("gpu", gpu_summary(newest, found))
         if found:
             plot_roofline(found, newest.with_name(ROOFLINE))
         return
-    runs = [json.loads((folder / f"{question}.json").read_text()) for question in QUESTIONS]
-    into_readme("bench", summary(runs, folder.name))
+    into_readme("bench", "\n\n".join(map(render, folders)))
+
+
+def render(folder):
+    """Every case and plots into the folder. Returns its summary."""
+    files = [folder / f"{question}.json" for question in QUESTIONS]
+    runs = [json.loads(file.read_text()) for file in files if file.exists()]
+    if not runs:
+        raise SystemExit(f"{folder} must hold a file of {', '.join(QUESTIONS)}")
     (folder / "cases.md").write_text("\n\n".join(map(every_case, runs)) + "\n")
-    plot(runs[QUESTIONS.index("scaling")]["cases"], folder / "scaling.svg")
+    scaled = [record for run in runs for record in run["cases"] if record["axes"]]
+    if scaled:
+        plot(scaled, folder / "scaling.svg")
+    return summary(runs, folder.name)
 
 
 def into_readme(name, text):
@@ -188,8 +198,11 @@ def summary(runs, folder):
     lines += [f"| {' | '.join(map(str, row))} |" for row in comparisons(records)]
     costs = [f"{line[0].upper()}{line[1:]}." for line in marginal_cost(records)]
     results = f"bench/results/{folder}"
-    links = [f"[Every case, its sizes and its command]({results}/cases.md); how a step grows:", ""]
-    return "\n".join([*lines, "", *costs, "", *links, f"![seconds and memory of a step]({results}/scaling.svg)"])
+    link = f"[Every case, its sizes and its command]({results}/cases.md)"
+    if not costs:
+        return "\n".join([*lines, "", f"{link}."])
+    plotted = f"![seconds and memory of a step]({results}/scaling.svg)"
+    return "\n".join([*lines, "", *costs, "", f"{link}; how a step grows:", "", plotted])
 
 
 def _times_and_memory(record, other):
