@@ -1,16 +1,16 @@
-"""An update of the loops in examples/, sampling aside, and of the same loop as one writes it without this package.
+"""An update of the loops in examples/, sampling aside, and of the same loop with a padded rewrite of its scoring.
 
-plain loop, accelerate loop: one packed forward of the reference and one of the policy.
-padded rewrite: one padded forward of each, and logits of scored tokens only.
-published: LaTRO's procedure, at its fastest micro-batch.
+ours: plain_loop.py and accelerate_loop.py, one packed forward of the reference and one of the policy.
+padded rewrite: one padded forward of each, and logits of scored tokens only; see bench_step.py, also for the sizes.
 
-Each copies the reference, makes the optimizer, and ends with clipping and a step of AdamW. Sizes: see bench_step.py.
+Each copies the reference, makes the optimizer, and ends with clipping and a step of AdamW.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import partial
+import math
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -31,15 +31,28 @@ ONE_EXAMPLE = [None]  # of which nothing is read: its rationales are given
 
 
 def ours(inputs):
-    with given(plain_loop, inputs), patch.object(plain_loop, "ANSWER_WEIGHT", ANSWER_WEIGHT):
-        return result(plain_loop.train(inputs["model"], None, ONE_EXAMPLE, updates=1))
+    with given(plain_loop, inputs), patch.object(plain_loop, "ANSWER_WEIGHT", ANSWER_WEIGHT), gradients() as found:
+        plain_loop.train(inputs["model"], None, ONE_EXAMPLE, updates=1)
+    return found
 
 
 def accelerated(inputs):
-    options = accelerate_loop.OPTIONS | {"answer_weight": ANSWER_WEIGHT}
-    with given(accelerate_loop, inputs), patch.object(accelerate_loop, "OPTIONS", options):
-        accelerator = Accelerator(cpu=True)
-        return result(accelerate_loop.train(accelerator, inputs["model"], None, ONE_EXAMPLE, updates=1))
+    options = patch.dict(accelerate_loop.OPTIONS, answer_weight=ANSWER_WEIGHT)
+    with given(accelerate_loop, inputs), options, gradients() as found:
+        accelerate_loop.train(Accelerator(cpu=True), inputs["model"], None, ONE_EXAMPLE, updates=1)
+    return found
+
+
+def padded_rewrite(inputs):
+    model = inputs["model"]
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plain_loop.LEARNING_RATE, weight_decay=0.0)
+    bench_step.padded_rewrite(inputs | {"reference": reference})
+    with gradients() as found:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plain_loop.CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return found
 
 
 def given(example, inputs):
@@ -48,44 +61,32 @@ def given(example, inputs):
     return patch.object(example, "rollout", lambda *arguments: tokens)
 
 
-def by_hand(inputs, step):
-    model = inputs["model"]
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plain_loop.LEARNING_RATE, weight_decay=0.0)
-    step(inputs | {"reference": reference})
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plain_loop.CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"gradient's norm": norm}
+@contextmanager
+def gradients():
+    """As they come to be clipped; so as to be compared, they are clipped to infinity."""
+    clip, found = torch.nn.utils.clip_grad_norm_, {}
 
+    def keep(parameters, most, **options):
+        parameters = list(parameters)
+        kept = [parameter.grad for parameter in parameters]
+        found["gradient"] = lambda: torch.cat([gradient.flatten() for gradient in kept])
+        return clip(parameters, math.inf, **options)
 
-def result(log):
-    [(_, norm)] = log
-    return {"gradient's norm": torch.tensor(norm)}
-
-
-def exact(inputs):
-    results = bench_step.exact(inputs | {"reference": inputs["model"]})
-    return {"gradient's norm": results["gradient"].norm()}
+    with patch.object(torch.nn.utils, "clip_grad_norm_", keep):
+        yield found
 
 
 def loops_case(config, sizes):
     inputs = step_inputs(config, sizes, torch.float32)
     del inputs["reference"], inputs["reference tree"]
-    micro_batch = bench_step.fastest_micro_batch(inputs)
-    inputs["model"].zero_grad()
+    gradient = bench_step.exact(inputs | {"reference": inputs["model"]})["gradient"]
     return Case(
         question="loops",
-        name=f"{bench_step.case_name(sizes, torch.float32)}, published by {micro_batch}",
+        name=bench_step.case_name(sizes, torch.float32),
         dtype=torch.float32,
         inputs=inputs,
-        exact=exact(inputs),
-        contestants={
-            "ours": ours,
-            "ours, accelerate loop": accelerated,
-            "padded rewrite": partial(by_hand, step=bench_step.padded_rewrite),
-            "published": partial(by_hand, step=partial(bench_step.published, micro_batch=micro_batch)),
-        },
+        exact={"gradient": gradient},
+        contestants={"ours": ours, "ours, accelerate loop": accelerated, "padded rewrite": padded_rewrite},
         flops=bench_step.flops(inputs),
     )
 
