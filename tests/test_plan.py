@@ -337,6 +337,8 @@ def test_command_shows_all_there_is_to_know(capsys):
     ratio = re.search(r"without sampling, times ours +(\S+) +(\S+) +1.0", shown)
     assert float(ratio[1]) > 4
     assert 1.5 < float(ratio[2]) < 2.5
+    peaks = re.search(r"GB of a prompt's backward pass +(\S+) +(\S+) +(\S+)", shown)
+    assert float(peaks[1]) > 2 * float(peaks[3])
     memory_table = shown[shown.index("GB of a GPU") : shown.index("seconds of an update")]
     sizes = [float(line.split()[-1]) for line in memory_table.splitlines()[2:] if line]
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
