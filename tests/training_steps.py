@@ -26,8 +26,9 @@ FAMILIES = """
     starcoder2
 """.split()  # noqa: SIM905
 
-# What rounding may come to: most models compute parts of themselves in float32.
-TOLERANCE = 1e-5
+# What rounding may come to, by whether layers are compiled: most models compute parts of themselves in float32, and
+# Inductor rounds those otherwise. It moves the published procedure's own gradients of mixtral with LoRA by 1.3e-5.
+TOLERANCE = {False: 1e-5, True: 2e-5}
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -92,7 +93,7 @@ def outcome(family: str, **how: bool) -> str:
         error = training_step(family, **how)
     except Exception as failure:
         return f"no: {type(failure).__name__}, {str(failure).splitlines()[0][:80]}"
-    return "yes" if error <= TOLERANCE else f"no: gradients differ by {error:.1e}"
+    return "yes" if error <= TOLERANCE[how["compiled"]] else f"no: gradients differ by {error:.1e}"
 
 
 def table() -> str:
