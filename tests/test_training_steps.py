@@ -21,7 +21,7 @@ pytestmark = [
 @adapted
 @families
 def test_a_step(family, lora):
-    assert training_step(family, lora=lora, compiled=False) <= TOLERANCE[False]
+    assert training_step(family, lora=lora, compiled=False) <= TOLERANCE
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_a_step(family, lora):
 @adapted
 @families
 def test_a_compiled_step(family, lora):
-    assert training_step(family, lora=lora, compiled=True) <= TOLERANCE[True]
+    assert training_step(family, lora=lora, compiled=True) <= TOLERANCE
 
 
 def test_the_documented_families():
