@@ -203,6 +203,11 @@ def test_checkpointing_saves_the_input_of_each_layer():
     assert whole - checkpointed == 10 * (5 * saved - 6 * shape.D * 4)
 
 
+@pytest.fixture(scope="module")
+def llama_8b():
+    return named_shape("llama-3.1-8b")
+
+
 # Peaks that were measured. bench/measure.py counts what a step adds to a process whose weights are loaded.
 
 FIRST_STEP = 20_000_000  # code, tables and threads that a first step brings, chosen after seeing the measurements
@@ -252,16 +257,33 @@ def test_peak_is_within_15_percent_of_the_measured_one(case, contestant, row):
     assert counted_peak(case, contestant) == pytest.approx(row["peak_bytes"], rel=TOLERANCE)
 
 
+def test_gradients_come_as_activations_go(llama_8b):
+    gradients, head = 4 * llama_8b.trained, 4 * llama_8b.D * llama_8b.V
+    short, longer = Batch(8, 4, 2, 2), Batch(64, 32, 8, 4)  # activations of which are less, and more, than the head
+
+    def peak(procedure, batch, is_first):
+        passes = waiting(procedure, llama_8b, batch, SINGLE, BUDGET)
+        return backward_peak(llama_8b, SINGLE, passes, gradient=4, is_first=is_first)
+
+    def of_ours(batch):
+        _, work = ours(batch)
+        saved = activations(llama_8b, SINGLE, work.tokens, checkpoint=False)
+        return saved, 4 * work.tokens * llama_8b.D, 4 * work.head_rows * llama_8b.V
+
+    saved, flowing, exponentials = of_ours(longer)
+    assert saved > head
+    assert peak("ours", longer, True) == pytest.approx(gradients + flowing, rel=1e-6)  # but for the last norm's
+    assert peak("ours", longer, False) == saved + exponentials + flowing + gradients + head
+    # Those of one pass wait for the other's, beside those of earlier micro-batches; then the head's make a sum.
+    assert 2 * (gradients + head) < peak("the authors'", short, False) < 2 * (gradients + head) + head
+    assert gradients + 2 * head < peak("the authors'", short, True) < gradients + 3 * head
+
+
 # Layouts, and the command
 
 
 def update(shape, **changes):
     return Update(**{"shape": shape, "batch": Batch(256, 200, 20, 16), "prompts": 512} | changes)
-
-
-@pytest.fixture(scope="module")
-def llama_8b():
-    return named_shape("llama-3.1-8b")
 
 
 def h100s(count):

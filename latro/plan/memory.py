@@ -121,21 +121,20 @@ def _moments(
     of_embedding = 0 if shape.adapter else shape.unread * gradient or of_head
     for number, (work, head) in reversed(list(enumerate(passes))):
         is_last = number == len(passes) - 1
-        waits = is_last and (is_first or number > 0)
-        joins = not is_last and number == 0 and not is_first
-        change, made = waits - joins, 1 if is_last else 2  # a sum with what waits is one more
+        stays = is_last and (is_first or number > 0)  # beside what there is; later ones join it
+        made = 1 if is_last else 2  # a sum with what waits is one more
         held, flowing = sum(saved[: number + 1]) - head.kept, work.tokens * shape.D * precision.residual
         for size, weights in head.moments:
             yield held + size + gradients + weights * of_head
         yield held + flowing + gradients + made * of_head
-        gradients += change * of_head
+        gradients += stays * of_head
         for layer in reversed(shape.layers):
             of_layer = gradient * (_adapter(layer) if shape.adapter else layer.parameters)
             yield held + flowing + gradients + of_layer
-            gradients += change * of_layer
+            gradients += stays * of_layer
             held -= work.tokens * saved_by_layer(shape, layer, precision)
         yield sum(saved[:number]) + flowing + gradients + made * of_embedding
-        gradients += change * of_embedding
+        gradients += stays * of_embedding
 
 
 def _adapter(layer: Layer) -> int:
