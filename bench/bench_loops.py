@@ -17,15 +17,9 @@ import torch
 from accelerate import Accelerator
 
 from bench import bench_step
-from bench.bench_step import HALF_MODEL, MODEL, SMALL_MODEL, step_inputs
 from bench.measure import Case
 from examples import accelerate_loop, plain_loop
 
-CASES = {  # P, R, A, K
-    "toy": (SMALL_MODEL, [(64, 16, 4, 4)]),
-    "default": (HALF_MODEL, [(100, 64, 8, 4), (400, 32, 8, 4)]),
-    "full": (MODEL, [(100, 200, 8, 16), (900, 128, 8, 16)]),
-}
 ANSWER_WEIGHT = 1.0
 ONE_EXAMPLE = [None]  # of which nothing is read: its rationales are given
 
@@ -77,7 +71,7 @@ def gradients():
 
 
 def loops_case(config, sizes):
-    inputs = step_inputs(config, sizes, torch.float32)
+    inputs = bench_step.step_inputs(config, sizes, torch.float32)
     del inputs["reference"], inputs["reference tree"]
     gradient = bench_step.exact(inputs | {"reference": inputs["model"]})["gradient"]
     return Case(
@@ -93,7 +87,8 @@ def loops_case(config, sizes):
 
 def pytest_generate_tests(metafunc):
     config = metafunc.config
-    model, found = CASES["toy" if config.getoption("toy") else "full" if config.getoption("full") else "default"]
+    size = "toy" if config.getoption("toy") else "full" if config.getoption("full") else "default"
+    model, found = bench_step.CASES[size]
     names = [bench_step.case_name(sizes, torch.float32) for sizes in found]
     metafunc.parametrize(("config", "sizes"), [(model, sizes) for sizes in found], ids=names)
 

@@ -19,8 +19,8 @@ constexpr int PANEL = 2 * W;
 template <int W>
 constexpr int DEPTH = 2048 / W;
 
-// The same for logits, where a longer chain of roundings would err up to twice as much as eager; shorter where products
-// are rounded by themselves.
+// The same for logits, where a longer chain of roundings would err up to twice as much as eager; shorter for the
+// portable set, whose products are rounded before they are added.
 template <int W>
 constexpr int CHAIN = W == 4 ? 16 : 128;
 
