@@ -21,10 +21,12 @@ METRICS, RATIONALES, RUN = "metrics.jsonl", "rationales.jsonl", "run.json"
 
 
 class Meter:
-    """Weighted means over micro-batches, and over processes; nothing is read back before they are asked for."""
+    """Weighted means, and largest values, over micro-batches and over processes; nothing is read back before they are
+    asked for."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._largest: dict[str, list[Tensor]] = defaultdict(list)
         self._counts: dict[str, int] = defaultdict(int)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -33,39 +35,54 @@ class Meter:
             value = value.detach().double()
             self._sums[name].append(torch.stack([value.sum(), value.new_tensor(value.numel())]))
 
+    def add_largest(self, values: Mapping[str, Tensor]) -> None:
+        """values: each of any size, of which the largest element counts."""
+        for name, value in values.items():
+            none = value.new_full((1,), -torch.inf)
+            self._largest[name].append(torch.cat([value.detach().flatten(), none]).max().double())
+
     def count(self, values: Mapping[str, int]) -> None:
         """What is added up over the whole run, and over processes."""
         for name, value in values.items():
             self._counts[name] += value
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means of what was added since the last time. Every process must have added the same names."""
+        """Of what was added since the last time. Every process must have added the same names."""
         if not self._sums:
             return {}
+        largest = {name: torch.stack(values).max().to(accelerator.device) for name, values in self._largest.items()}
+        self._largest.clear()
+        of_all = {name: float(accelerator.gather(value[None]).max()) for name, value in largest.items()}
         names = list(self._sums)
         totals = torch.stack([torch.stack(self._sums[name]).sum(0).to(accelerator.device) for name in names])
         self._sums.clear()
         totals = accelerator.reduce(totals, "sum")
         means = {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
         counts = torch.tensor(list(self._counts.values()), device=accelerator.device)
+        means |= {name: value for name, value in of_all.items() if value > -torch.inf}
         return means | dict(zip(self._counts, accelerator.reduce(counts, "sum").tolist(), strict=True))
 
     def copy(self) -> Meter:
         """What was added so far, and nothing of what is added later."""
         other = Meter()
         other._sums.update({name: list(pairs) for name, pairs in self._sums.items()})
+        other._largest.update({name: list(values) for name, values in self._largest.items()})
         other._counts.update(self._counts)
         return other
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to find again, as JSON has it."""
         sums = {name: [pair.tolist() for pair in pairs] for name, pairs in self._sums.items()}
-        return {"sums": sums, "counts": dict(self._counts)}
+        largest = {name: [value.item() for value in values] for name, values in self._largest.items()}
+        return {"sums": sums, "largest": largest, "counts": dict(self._counts)}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._sums.clear()
         for name, pairs in state["sums"].items():
             self._sums[name] = [torch.tensor(pair, dtype=torch.float64, device=device) for pair in pairs]
+        self._largest.clear()
+        for name, values in state["largest"].items():
+            self._largest[name] = [torch.tensor(value, dtype=torch.float64, device=device) for value in values]
         self._counts.clear()
         self.count(state["counts"])
 

@@ -1,8 +1,7 @@
 """What a micro-batch says of the training: figures of TRL's names and ours, and rationales to read.
 
 `rationale_length` counts a rationale's tokens, `completions/mean_length` all that was sampled, stop string included.
-`sampling/max_ratio` is the mean over rationales of the largest ratio of a token, `clip_ratio/region_mean` the share of
-rationale tokens without a gradient because of epsilon.
+`clip_ratio/region_mean` is the share of rationale tokens without a gradient because of epsilon.
 """
 
 from __future__ import annotations
@@ -48,23 +47,23 @@ def figures(
     }
 
 
-def _mismatch(batch: Batch, logps: Tensor) -> dict[str, Tensor]:
-    """Between what sampled and the policy when it sampled, at each rationale token that was drawn.
-
-    With ratio = π(z_t) / π_sampler(z_t): the mean of ratio − 1 − log ratio estimates KL(π_sampler, π) at a token, and
-    is never negative (k3 of http://joschu.net/blog/kl-approx.html).
-    """
+def log_ratios(batch: Batch, logps: Tensor) -> Tensor:
+    """log π(z_t) − log π_sampler(z_t) of each rationale token that was drawn, π being the policy when it sampled."""
     policy = logps if batch.old_logps is None else batch.old_logps.to(logps.dtype)
     difference = policy - batch.sampling_logps.to(logps.dtype)
-    drawn = ~difference.isnan()
-    rationale = batch.scored.rationale[batch.scored.segment]
-    largest = logps.new_full(batch.scored.prompt.shape, -torch.inf)
-    largest = largest.scatter_reduce(0, rationale[drawn], difference[drawn], "amax")
-    return {
-        "sampling/logp_difference": difference[drawn].abs(),
-        "sampling/kl": torch.expm1(difference[drawn]) - difference[drawn],
-        "sampling/max_ratio": largest[largest > -torch.inf].exp(),
-    }
+    return difference[~difference.isnan()]
+
+
+def largest(batch: Batch, logps: Tensor) -> dict[str, Tensor]:
+    """Each of any size: what is logged is the largest of its elements."""
+    return {"sampling/max_ratio": log_ratios(batch, logps).exp()}
+
+
+def _mismatch(batch: Batch, logps: Tensor) -> dict[str, Tensor]:
+    """With ratio = π / π_sampler: the mean of ratio − 1 − log ratio estimates KL(π_sampler, π) at a token, and is never
+    negative (k3 of http://joschu.net/blog/kl-approx.html)."""
+    difference = log_ratios(batch, logps)
+    return {"sampling/logp_difference": difference.abs(), "sampling/kl": torch.expm1(difference) - difference}
 
 
 def _clipping(batch: Batch, objective: Objective, sums: Sums, advantage: Tensor) -> dict[str, Tensor]:

@@ -283,6 +283,7 @@ class LatroTrainer(WholeCheckpoints):
             self.stop("loss", out.loss.item(), batch.groups, found)
         found = recording.figures(batch, self.objective, out, sums, reward, advantage)
         self.meter.add(found)
+        self.meter.add_largest(recording.largest(batch, out.logps))
         self.meter.count({"num_tokens": len(batch.tree.tokens)})
         self.watch.length(float(found["rationale_length"].float().mean()))
         step = self.state.global_step
