@@ -82,17 +82,17 @@ def train(accelerator, model, text, examples, updates=UPDATES, prompts=PROMPTS):
                 optimizer.step()
                 optimizer.zero_grad()
             rewards.append(out.reward.sum())
-        total = accelerator.reduce(torch.stack(rewards).sum(), "sum").item()
-        log.append((total / rationales, norm.item()))
+        log.append((accelerator.reduce(torch.stack(rewards).sum(), "sum").item() / rationales, norm.item()))
     return log
 
 
 def main():
     torch.set_num_threads(1)  # the matrices are small
     accelerator = Accelerator()
-    model, text = load()
-    for update, (reward, norm) in enumerate(train(accelerator, model, text, problems(0, UPDATES * PROMPTS))):
+    for update, (reward, norm) in enumerate(train(accelerator, *load(), problems(0, UPDATES * PROMPTS))):
         accelerator.print(f"update {update}: mean reward {reward:.2f}, gradient norm {norm:.2f}")
+    accelerator.free_memory()  # the wrapped model, which holds the process group
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -123,10 +123,11 @@ def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(train_help())
         return 0
-    from latro.launch import train
+    from latro.launch import leave_process_group, train
 
     run, config = train_options(arguments)
     train(run, config)
+    leave_process_group()
     return 0
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import latro_kernels
 from latro import data
@@ -49,7 +53,8 @@ def train(run: Any, config: LatroConfig) -> None:
         examples, held_out = split_off(examples, run.validation / len(examples), config.seed)
     folder = Path(str(config.output_dir))
     checkpoint = newest(folder) if run.resume else None
-    model, tokenizer = load_model(run.model, dtype=torch.bfloat16 if config.bf16 and run.lora else torch.float32)
+    with loading_whole(config):
+        model, tokenizer = load_model(run.model, dtype=torch.bfloat16 if config.bf16 and run.lora else torch.float32)
     if run.lora:
         model = with_adapter(model, run.lora)
     trainer = LatroTrainer(
@@ -66,6 +71,30 @@ def train(run: Any, config: LatroConfig) -> None:
         )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
+
+
+@contextmanager
+def loading_whole(config: LatroConfig) -> Iterator[None]:
+    """Under ZeRO-3 transformers shares a model out as it loads it, which the trainer does later."""
+    plugin = config.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+def leave_process_group() -> None:
+    """Before the process exits, when nothing holds what was trained any more.
+
+    A thread of gloo's may let go of the last tensors late, for which it needs the interpreter: torch 2.13 aborts the
+    process if that ends meanwhile, or waits for ever if a wrapped model holds the group and is let go of later.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def with_adapter(model: PreTrainedModel, rank: int) -> Any:

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType
 
 from latro import score, watch
 from latro.config import LatroConfig
+from latro.launch import leave_process_group
 from latro.rollout import Sample
 from latro.trainer import LatroTrainer
 from tests.float64 import Float64
@@ -129,6 +130,7 @@ def with_adapter(model):
 def main(folder):
     for name, arguments in json.loads((folder / "runs.json").read_text()).items():
         run(folder / name, **arguments)
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from accelerate import Accelerator, PartialState
 
 from examples import accelerate_loop
 from latro.demo.task import problems
+from latro.launch import leave_process_group
 from latro.text import Text
 from tests.float64 import Float64
 from tests.tiny import character_tokenizer, tiny_llama
@@ -105,6 +106,7 @@ def main(job, file):
     found = JOBS[job]()
     if PartialState().is_main_process:
         torch.save(found, file)
+    leave_process_group()
 
 
 if __name__ == "__main__":

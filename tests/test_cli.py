@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from latro.cli import main, train_options
@@ -82,6 +83,13 @@ def test_train_resume_eval_sample_report(model, rows, tmp_path, capsys):
 
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo")
+def test_training_leaves_its_process_group(model, rows, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert main(train_flags(model, rows, tmp_path / "run", max_steps=1)) == 0
+    assert not dist.is_initialized()
 
 
 @real
