@@ -110,7 +110,10 @@ class WholeCheckpoints(Trainer):
             inner = self.accelerator.unwrap_model(self.model).model
             path = next(path for path, module in model.named_modules() if module is inner)
             prefix = path and f"{path}."  # under an adapter
-            state_dict = {prefix + name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+            # Gathered, a tied weight is there under each of its names.
+            tied = dict(inner.named_parameters(remove_duplicate=False)).keys() - dict(inner.named_parameters()).keys()
+            names = {name: name.removeprefix("model.") for name in state_dict}
+            state_dict = {prefix + own: state_dict[name] for name, own in names.items() if own not in tied}
         model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

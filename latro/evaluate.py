@@ -13,13 +13,14 @@ from math import isfinite, log
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedModel
 
 from latro.data import Example
 from latro.grading import Grader, majority_answer
 from latro.model import TreeModel
 from latro.model.verify import evaluating
-from latro.rollout import Engine, LocalEngine, Sample, Sampling, sample_key
+from latro.rollout import Engine, LocalEngine, Sample, Sampling, sample_key, unwrapped
 from latro.score import BATCH_TOKENS, answer_logps, path_of
 from latro.statistics import auc, mcnemar, paired_bootstrap, wilson
 from latro.text import Rationale, Text, end_tokens
@@ -116,7 +117,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     text: Text,
     examples: Sequence[Example],
     *,
@@ -128,19 +129,24 @@ def evaluate(
     engine: Engine | None = None,
     batch_size: int = 256,
     batch_tokens: int = BATCH_TOKENS,
+    in_step: bool = False,
     progress: Callable[[int], object] = lambda ended: None,
 ) -> Evaluation:
     """Ask a model every example's prompt, and grade what it says.
 
+    model: of transformers, or a TreeModel of one, or what wraps that for training.
     graders: of `latro.grading.graders_for`, the primary one first.
     max_tokens: of a completion, rationale and answer together.
     majority: how many samples are drawn besides the greedy completion, at `temperature`, from random numbers that
         depend on `seed`, the example's id and the sample's number alone.
     engine: what draws completions, and is in sync with the model; by default the model itself, `batch_size` at once.
     batch_tokens: how many tokens are scored at once.
+    in_step: as latro.score.answer_logps has it, for parameters that are sharded.
     progress: called with the number of completions, of len(examples) * (1 + majority), that ended since the last call.
     """
     _check_arguments(examples, graders, majority)
+    scorer = TreeModel(model) if isinstance(model, PreTrainedModel) else model
+    model = unwrapped(model)
     prompts = [text.prompt(example.prompt) for example in examples]
     _check_lengths(model, text, examples, prompts, max_tokens)
     ends = end_tokens(text.tokenizer, model.generation_config)
@@ -153,7 +159,7 @@ def evaluate(
             samples = engine.generate(prompts, keys, Sampling(max_tokens, temperature, ends=ends), progress)
             said = [greedy + sampled for greedy, sampled in zip(said, samples, strict=True)]
         asked = [_Asked.of(text, *of_one) for of_one in zip(examples, prompts, said, strict=True)]
-        logps = _score(TreeModel(model), text, asked, batch_tokens)
+        logps = _score(scorer, text, asked, batch_tokens, in_step)
     records = [_record(text, graders, one, *of_one) for one, of_one in zip(asked, logps, strict=True)]
     return Evaluation(tuple(grader.name for grader in graders), tuple(records))
 
@@ -262,7 +268,7 @@ class _Asked:
 
 
 def _score(
-    model: TreeModel, text: Text, asked: Sequence[_Asked], batch_tokens: int
+    model: nn.Module, text: Text, asked: Sequence[_Asked], batch_tokens: int, in_step: bool
 ) -> list[tuple[list[float], list[float]]]:
     """For each example, the log-prob of its answer behind each rationale, and that of each option behind none."""
     of_answers, of_options = [], []
@@ -271,7 +277,7 @@ def _score(
         of_options.append(path_of(text, one.prompt, text.rationale([]), one.example.options))
     # Equal rationales are scored once, so that they tie.
     paths = list(dict.fromkeys(path for ps in (*of_answers, of_options) for path in ps if path.answers))
-    logps = dict(zip(paths, answer_logps(model, paths, batch_tokens), strict=True))
+    logps = dict(zip(paths, answer_logps(model, paths, batch_tokens, in_step=in_step), strict=True))
     scores = []
     for one, answers, options in zip(asked, of_answers, of_options, strict=True):
         found = [logps[path][0] for path in answers], logps.get(options, [])

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import gather_object
+from torch import nn
 
-from latro.model import TreeModel
+from latro.model import logprobs
+from latro.sharding import device_of, reshard
 from latro.text import Rationale, Text
 from latro_kernels import pack_rationales
 from latro_kernels.tree import ANSWER
@@ -32,22 +35,38 @@ def path_of(text: Text, prompt: Sequence[int], rationale: Rationale, answers: Se
     return ScoredPath(tuple(prompt), tuple(rationale.tokens), tokens)
 
 
-def answer_logps(model: TreeModel, paths: Sequence[ScoredPath], batch_tokens: int = BATCH_TOKENS) -> list[list[float]]:
-    """For each path, the log-probs of its answers. Neighbours that share their prompt share its tokens."""
-    logps: list[list[float]] = []
-    for batch in _batches(paths, batch_tokens):
-        groups = _groups(batch)
-        tree, scored = pack_rationales(
-            [group[0].prompt for group in groups],
-            [[path.rationale for path in group] for group in groups],
-            [[path.answers for path in group] for group in groups],
-        )
-        device = model.model.device
-        of_token = model.logprobs(tree.to(device), scored.to(device)).double().cpu()
-        of_segment = torch.zeros(len(scored.kind), dtype=torch.float64).index_add(0, scored.segment, of_token)
-        of_answer = iter(of_segment[scored.kind == ANSWER].tolist())
-        logps += [[next(of_answer) for _ in path.answers] for path in batch]
-    return logps
+# Scored by a process that has nothing left, while others have.
+IDLE = ScoredPath((0,), (), ((0,),))
+
+
+def answer_logps(
+    model: nn.Module, paths: Sequence[ScoredPath], batch_tokens: int = BATCH_TOKENS, *, in_step: bool = False
+) -> list[list[float]]:
+    """For each path, the log-probs of its answers. Neighbours that share their prompt share its tokens.
+
+    model: a TreeModel, or what wraps it.
+    in_step: the model's parameters are sharded. Every process must call, and calls the model as often as any.
+    """
+    batches = list(_batches(paths, batch_tokens))
+    if in_step:
+        batches += [[IDLE]] * (max(gather_object([len(batches)])) - len(batches))
+    logps = [of_path for batch in batches for of_path in _of_batch(model, batch)]
+    reshard(model)
+    return logps[: len(paths)]
+
+
+def _of_batch(model: nn.Module, batch: Sequence[ScoredPath]) -> list[list[float]]:
+    groups = _groups(batch)
+    tree, scored = pack_rationales(
+        [group[0].prompt for group in groups],
+        [[path.rationale for path in group] for group in groups],
+        [[path.answers for path in group] for group in groups],
+    )
+    device = device_of(model)
+    of_token = logprobs(model, tree.to(device), scored.to(device)).double().cpu()
+    of_segment = torch.zeros(len(scored.kind), dtype=torch.float64).index_add(0, scored.segment, of_token)
+    of_answer = iter(of_segment[scored.kind == ANSWER].tolist())
+    return [[next(of_answer) for _ in path.answers] for path in batch]
 
 
 def _groups(paths: Sequence[ScoredPath]) -> list[list[ScoredPath]]:
@@ -72,4 +91,5 @@ def _batches(paths: Sequence[ScoredPath], most: int) -> Iterator[list[ScoredPath
             batch, total, added = [], 0, own + len(path.prompt)
         batch.append(path)
         total += added
-    yield batch
+    if batch:
+        yield batch

@@ -8,7 +8,6 @@ Precision, accumulation, clipping, schedules, data parallelism, checkpoints and 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +28,14 @@ from latro.data import Example, as_examples
 from latro.evaluate import Evaluation, evaluate
 from latro.grading import Grader, graders_for
 from latro.metrics import Meter, RunLog
-from latro.model import TreeModel, verify_tree
+from latro.model import TreeModel, logprobs, verify_tree
 from latro.objectives import Objective, PolicyGradient, Sums
 from latro.prepare import disable_dropout, frozen_copy, longest_path, objective_of, sampling_of, text_of, those_that_fit
 from latro.progress import Progress
 from latro.rollout import Engine, LocalEngine, Sample, sample_key
 from latro.rounds import rounds_of
+from latro.score import answer_logps
+from latro.sharding import check_whole, placed, prepare, whole_copy
 from latro.supply import Supply
 from latro.vllm import VllmEngine
 from latro.watch import Watch, rationale_margin, refuse
@@ -96,6 +97,7 @@ class LatroTrainer(WholeCheckpoints):
         # Under a LoRA adapter the model is its own reference, without it.
         self.adapted = model if hasattr(model, "disable_adapter") else None
         policy: PreTrainedModel = model if self.adapted is None else model.get_base_model()
+        check_whole(policy)
         if args.disable_dropout:
             disable_dropout(policy)
         tree_model = TreeModel(policy)
@@ -126,15 +128,18 @@ class LatroTrainer(WholeCheckpoints):
             **options,
         )
         refers = "reference" in self.objective.needs and not self.adapted
-        self.reference = frozen_copy(policy).to(args.device) if refers else None
-        # Where parameters are sharded, each process samples and scores with a whole copy: were one to call the shards
-        # more often than the others, it would wait for them.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        whole = nn.Module.to(copy.deepcopy(policy), args.device) if sharded else policy
-        self.local = LocalEngine(whole, args.rollout_batch_size)
-        self.engine: Engine = engine or self.local
+        prepare(self.accelerator)
+        self.reference = placed(frozen_copy(policy), self.accelerator) if refers else None
+        # Where parameters are sharded, each process samples with a whole copy: were one to call the shards more often
+        # than the others, it would wait for them. Where something else samples, all score in step.
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        samples_itself = engine is None and not args.use_vllm
+        copied = self.sharded and samples_itself
+        self.whole = TreeModel(whole_copy(policy, self.accelerator)) if copied else None
+        self.in_step = self.sharded and not samples_itself
         if args.use_vllm:
-            self.engine = VllmEngine(model, args, self.accelerator, processing_class)
+            engine = VllmEngine(model, args, self.accelerator, processing_class)
+        self.engine: Engine = engine or LocalEngine(self.whole or policy, args.rollout_batch_size)
         Progress.take_over(self)
         if args.top_p < 1 or args.top_k:
             logger.warning("top_p and top_k bias the gradient: what is sampled is not the policy that is scored")
@@ -163,7 +168,7 @@ class LatroTrainer(WholeCheckpoints):
         self._begun = (self.state.global_step, parts, self.meter.copy())
         self._update = [group for part in parts for group in part]
         if self.state.global_step == 0 and self._update and self.supply.samples:
-            self.watch.margin(rationale_margin(TreeModel(self.local.model), self.text, self._update))
+            self.watch.margin(rationale_margin(self.scorer, self.text, self._update, in_step=self.in_step))
         own = torch.tensor(sum(group.count(self.objective.over) for group in self._update), device=device)
         denominator = max(int(self.accelerator.reduce(own, "sum")), 1)
         return [self.pack(part, denominator) for part in parts], None
@@ -214,7 +219,7 @@ class LatroTrainer(WholeCheckpoints):
         for part in parts:
             batch = self.pack(part, 1, {})
             with self.compute_loss_context_manager():
-                batch.remember(self.tree_model.logprobs(batch.tree, batch.scored, temperature=self.args.temperature))
+                batch.remember(logprobs(self.hooked, batch.tree, batch.scored, temperature=self.args.temperature))
 
     def pack(self, groups: list[Group], denominator: int, rewards: dict[str, Tensor] | None = None) -> Batch:
         return Batch.of(
@@ -251,11 +256,22 @@ class LatroTrainer(WholeCheckpoints):
             return self.reference.logprobs(batch.tree, batch.scored, temperature=self.args.temperature)
         assert self.adapted is not None
         with self.adapted.disable_adapter():
-            return self.tree_model.logprobs(batch.tree, batch.scored, temperature=self.args.temperature)
+            return logprobs(self.hooked, batch.tree, batch.scored, temperature=self.args.temperature)
 
     @property
     def tree_model(self) -> TreeModel:
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def scorer(self) -> TreeModel:
+        """For log-probs that are not trained on."""
+        return self.whole or self.hooked
+
+    @property
+    def hooked(self) -> TreeModel:
+        """The policy with what must be called where it is sharded, and nothing else."""
+        model = self.tree_model
+        return model if self.sharded else getattr(model, "_orig_mod", model)
 
     @property
     def language_model(self) -> Any:
@@ -327,9 +343,9 @@ class LatroTrainer(WholeCheckpoints):
     def evaluation_of(self, examples: Sequence[Example]) -> Evaluation:
         """Each process asks a part of the questions; all have the whole result."""
         self.engine.sync(self.model_wrapped)
-        if self.engine is not self.local:
-            self.local.sync(self.model_wrapped)
         own = examples[self.args.process_index :: self.args.world_size]
+        if self.in_step and not own:
+            answer_logps(self.scorer, [], in_step=True)
         gathered = gather_object([self._evaluate_part(own)] if own else [])
         order = {example.id: n for n, example in enumerate(examples)}
         records = [record for part in gathered for record in part.records]
@@ -338,7 +354,7 @@ class LatroTrainer(WholeCheckpoints):
     def _evaluate_part(self, examples: Sequence[Example]) -> Evaluation:
         with Progress.bar(self, len(examples) * (1 + self.args.majority), "evaluating") as progress:
             return evaluate(
-                self.local.model,
+                self.scorer,
                 self.text,
                 examples,
                 graders=self.graders,
@@ -347,6 +363,7 @@ class LatroTrainer(WholeCheckpoints):
                 temperature=self.args.temperature,
                 seed=self.args.seed,
                 engine=self.engine,
+                in_step=self.in_step,
                 progress=progress,
             )
 

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class VllmEngine:
         self, model: nn.Module, args: LatroConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """model: the one that is trained, of transformers or of PEFT."""
-        _check_model(model, accelerator)
+        _check_model(model)
         try:
             import vllm
             from trl.generation.vllm_client import VLLMClient
@@ -148,7 +149,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     inner = unwrapped(model)
     adapted = {name: module for name, module in inner.named_modules() if _is_adapted(module)}
     for name, module in adapted.items():
-        merged = copy.deepcopy(module)  # to merge into the module itself and out again would change it by rounding
+        merged = _whole_copy(module)  # to merge into the module itself and out again would change it by rounding
         merged.merge()
         for own, weight in merged.get_base_layer().named_parameters():
             yield f"{name}.{own}", weight.detach()
@@ -156,6 +157,13 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not any(name.startswith(f"{module}.") for module in adapted):
             with whole(weight) as gathered:
                 yield name.replace("_checkpoint_wrapped_module.", ""), gathered.detach()
+
+
+def _whole_copy(module: nn.Module) -> Any:
+    with ExitStack() as gathered:
+        # In place of the copies that would be made of them.
+        weights = {id(p): nn.Parameter(gathered.enter_context(whole(p)).detach().clone()) for p in module.parameters()}
+        return copy.deepcopy(module, weights)
 
 
 def cut(tokens: list[int], logps: list[float], sampling: Sampling) -> Sample:
@@ -200,15 +208,8 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
-def _check_model(model: nn.Module, accelerator: Accelerator) -> None:
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    if fsdp is not None and fsdp.fsdp_version == 1:
-        raise ValueError(
-            "use_vllm must not be given with FSDP 1, whose weights are not gathered one by one; use FSDP 2"
-        )
+def _check_model(model: nn.Module) -> None:
     if hasattr(model, "disable_adapter"):
-        if fsdp is not None or any(hasattr(weight, "ds_id") for weight in model.parameters()):
-            raise ValueError("use_vllm must not be given with an adapter where parameters are sharded, got both")
         saved = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
         if saved:
             raise ValueError(f"use_vllm must not be given with an adapter that has modules_to_save, got {saved[0]}")

@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latro.batch import Group
-from latro.model import TreeModel
 from latro.score import answer_logps, path_of
 from latro.text import Text
 
@@ -33,8 +32,11 @@ REMEDY = (
 )
 
 
-def rationale_margin(model: TreeModel, text: Text, groups: Sequence[Group]) -> float:
-    """Mean log π(y | x, z) over the longer half of each prompt's rationales, less that of the empty rationale."""
+def rationale_margin(model: nn.Module, text: Text, groups: Sequence[Group], *, in_step: bool = False) -> float:
+    """Mean log π(y | x, z) over the longer half of each prompt's rationales, less that of the empty rationale.
+
+    in_step: as answer_logps has it.
+    """
     none = text.rationale([])
     paths, counts = [], []
     for group in groups:
@@ -42,7 +44,7 @@ def rationale_margin(model: TreeModel, text: Text, groups: Sequence[Group]) -> f
         longer = longest_first[: max(1, len(longest_first) // 2)]
         paths += [path_of(text, group.prompt, rationale, [group.example.answer]) for rationale in (none, *longer)]
         counts.append(len(longer))
-    logps = iter(logp for (logp,) in answer_logps(model, paths))
+    logps = iter(logp for (logp,) in answer_logps(model, paths, in_step=in_step))
     margins = [-next(logps) + sum(next(logps) for _ in range(count)) / count for count in counts]
     return sum(margins) / len(margins)
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 
-from latro import score, watch
+from latro import cli, evaluate, score, watch
 from latro.config import LatroConfig
 from latro.launch import leave_process_group
 from latro.rollout import Sample
 from latro.trainer import LatroTrainer
+from latro.vllm import whole_weights
 from tests.float64 import Float64
 from tests.tiny import character_tokenizer, examples, tiny_llama
 
@@ -57,6 +59,16 @@ class ByPrompt:
         return Sample(tokens, [-1.0] * len(tokens), TOKENIZER.eos_token_id if ended_by == "end" else None, ended_by)
 
 
+class AsAsked(ByPrompt):
+    """As many of a prompt's as it is asked for."""
+
+    def generate(self, prompts, keys, sampling, progress=lambda ended: None):
+        return [
+            [self.sample(sum(prompt), k) for k in range(len(of_prompt))]
+            for prompt, of_prompt in zip(prompts, keys, strict=True)
+        ]
+
+
 class Recorded:
     """An engine that keeps what it was asked: of each call, the prompts and their samples' tokens."""
 
@@ -73,24 +85,19 @@ class Recorded:
         return found
 
 
-def run(folder, options=None, injected=True, double=True, adapter=False, spoilt_from=None, resume=False):
+def run(folder, options=None, injected=True, double=True, adapter=False, tied=False, spoilt_from=None, resume=False):
     """Train, save the model to `folder/model`, and what this process has seen to `folder/process-N.json`.
 
     injected: rationales are ByPrompt's, and the model's own otherwise. spoilt_from: from this update on, the last
     process meets a reward that is no number.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed  # noqa: F401
-
-        # It would compile an operator first, for sums in shared memory.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     args = LatroConfig(output_dir=str(folder), **{**OPTIONS, **(options or {})})
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate shards on accelerators alone: this is what it asks. Device and backend stay those of the CPU.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     # Processes score in different numbers of batches, as they do where rationales are long.
-    watch.answer_logps = partial(score.answer_logps, batch_tokens=1 if args.process_index else score.BATCH_TOKENS)
-    model = tiny_llama(TOKENIZER).to(torch.float64 if double else torch.float32)
+    watch.answer_logps = evaluate.answer_logps = partial(answer_logps, most=1 if args.process_index else None)
+    model = tiny_llama(TOKENIZER, tie_word_embeddings=tied).to(torch.float64 if double else torch.float32)
 
     def spoilt(prompts, completions, answer):
         bad = trainer.state.global_step >= spoilt_from and args.process_index == args.world_size - 1
@@ -109,14 +116,28 @@ def run(folder, options=None, injected=True, double=True, adapter=False, spoilt_
         trainer.engine = recorded = Recorded(trainer.engine)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(str(folder / "model"))
-        trainer.engine = trainer.local if injected else recorded.engine
+        trainer.engine = AsAsked() if injected else recorded.engine
         seen = {
             "sampled": recorded.calls,
             "history": trainer.state.log_history,
-            "sharded": [name for name, p in trainer.model.named_parameters() if hasattr(p, "full_tensor")],
+            "sharded": sharded(trainer.model),
+            "sharded_reference": sharded(trainer.reference),
             "evaluations": [trainer.evaluation_of(examples(n)).to_json() for n in (5, 1)],
         }
+        handed_on = dict(whole_weights(trainer.model))
     (folder / f"process-{args.process_index}.json").write_text(json.dumps(seen))
+    if trainer.is_world_process_zero():
+        save_file(handed_on, folder / "handed-on.safetensors")
+
+
+def sharded(model):
+    """Its parameters that FSDP2 or ZeRO-3 has sharded."""
+    weights = () if model is None else model.named_parameters()
+    return [name for name, weight in weights if hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")]
+
+
+def answer_logps(model, paths, batch_tokens=score.BATCH_TOKENS, *, most, **options):
+    return score.answer_logps(model, paths, most or batch_tokens, **options)
 
 
 def with_adapter(model):
@@ -128,8 +149,16 @@ def with_adapter(model):
 
 
 def main(folder):
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed  # noqa: F401
+
+        # It would compile an operator first, for sums in shared memory.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     for name, arguments in json.loads((folder / "runs.json").read_text()).items():
-        run(folder / name, **arguments)
+        if "command" in arguments:
+            assert cli.main(arguments["command"]) == 0
+        else:
+            run(folder / name, **arguments)
     leave_process_group()
 
 

@@ -9,10 +9,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from latro import score
 from latro.data import Example
 from latro.evaluate import compare, evaluate, split_off
 from latro.grading import Grader, graders_for
-from latro.model import TreeModel
+from latro.model import logprobs
 from latro.rollout import LocalEngine, Sample
 from latro.text import Text, end_of_answer
 
@@ -170,13 +171,12 @@ def test_answer_log_probs(model, text, batch_tokens):
 
 def test_scored_rows_hold_as_many_tokens_as_they_may(model, text, monkeypatch):
     rows = []
-    logprobs = TreeModel.logprobs
 
-    def counting(self, tree, scored):
+    def counting(model, tree, scored):
         rows.append(len(tree.tokens))
-        return logprobs(self, tree, scored)
+        return logprobs(model, tree, scored)
 
-    monkeypatch.setattr(TreeModel, "logprobs", counting)
+    monkeypatch.setattr(score, "logprobs", counting)
     evaluation(model, text)
     assert len(rows) == 1
     (everything,) = rows

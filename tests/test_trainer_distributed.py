@@ -5,11 +5,11 @@ accelerate deals batches out in turn: two processes with batches of two train on
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +21,12 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from latro import cli
 from latro.checkpoint import newest
+from latro.config import LatroConfig
 from latro.model import TreeModel, tree_hidden
+from latro.sharding import prepare
+from latro.trainer import LatroTrainer
 from latro_kernels import pack_rationales
 from tests import distributed_job
 
@@ -57,12 +61,11 @@ def launch(launcher, folder, runs):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     ) as job:
         try:
             printed, _ = job.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
+            job.terminate()  # the launcher then ends its processes, which are in sessions of their own
             pytest.fail(f"still running after {SECONDS} s:\n{job.communicate()[0]}")
     return job.returncode, printed
 
@@ -117,6 +120,11 @@ def sharded(tmp_path_factory):
 
 def weights(folder, file="model.safetensors"):
     return load_file(folder / "model" / file)
+
+
+def handed_on(folder):
+    """What another engine would be given."""
+    return load_file(folder / "handed-on.safetensors")
 
 
 def assert_same_weights(found, expected, tolerance):
@@ -194,11 +202,13 @@ def test_rationales_are_written_by_one_process(two):
     ]
 
 
+@pytest.mark.parametrize("name", ["sampled", "accumulated"])
 @pytest.mark.parametrize("kind", ["two", "sharded"])
-def test_evaluation_by_two_processes_is_that_by_one(alone, kind, request):
-    (expected,) = seen(alone / "sampled", 1)
+def test_evaluation_by_two_processes_is_that_by_one(alone, kind, name, request):
+    """Also where another engine samples, and no process has a whole copy of a sharded model."""
+    (expected,) = seen(alone / name, 1)
     assert [len(evaluation["examples"]) for evaluation in expected["evaluations"]] == [5, 1]
-    for process in seen(request.getfixturevalue(kind) / "sampled"):
+    for process in seen(request.getfixturevalue(kind) / name):
         assert_close(process["evaluations"], expected["evaluations"])
 
 
@@ -219,10 +229,10 @@ def test_no_number_in_one_process_stops_both(two_and_end):
 @pytest.mark.parametrize("name", ["accumulated", "sampled"])
 def test_a_sharded_model_is_trained_as_a_whole_one(alone, sharded, name):
     assert_same_weights(weights(sharded / name), weights(alone / name), 1e-10)
+    assert_same_weights(handed_on(sharded / name), weights(sharded / name), 0)
     for process in seen(sharded / name):
-        assert process["sharded"] == [
-            f"model.{name}" for name in AutoModelForCausalLM.from_pretrained(sharded / name / "model").state_dict()
-        ]
+        saved = AutoModelForCausalLM.from_pretrained(sharded / name / "model").state_dict()
+        assert process["sharded"] == process["sharded_reference"] == [f"model.{name}" for name in saved]
 
 
 def test_a_sharded_run_resumes(sharded):
@@ -240,7 +250,8 @@ def test_a_sharded_runs_model_and_checkpoints_load(sharded):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_a_sharded_model_and_checkpointed_layers(tmp_path):
+def test_what_else_a_sharded_model_may_be(tmp_path):
+    """Adapted, checkpointed, compiled, of a tied head."""
     pytest.importorskip("peft")
     adapter = {"injected": False, "adapter": True}
     runs = {
@@ -248,6 +259,12 @@ def test_an_adapter_of_a_sharded_model_and_checkpointed_layers(tmp_path):
         "resumed": {"options": TWO, **adapter, "resume": str(tmp_path / "adapter" / "checkpoint-1")},
         "plain": {"options": TWO, "double": False},
         "checkpointing": {"options": {**TWO, "gradient_checkpointing": True}, "double": False},
+        "compiled": {
+            "options": {**TWO, "torch_compile": True, "torch_compile_backend": "eager"},
+            "double": False,
+        },
+        "tied": {"options": {**TWO, **SAVING}, "tied": True},
+        "tied_resumed": {"options": TWO, "tied": True, "resume": str(tmp_path / "tied" / "checkpoint-1")},
     }
     launched(FSDP2, tmp_path, runs)
     distributed_job.run(tmp_path / "alone", FOUR, **adapter)
@@ -255,8 +272,35 @@ def test_an_adapter_of_a_sharded_model_and_checkpointed_layers(tmp_path):
     assert of_alone
     for name in ("adapter", "resumed"):
         assert_same_weights(weights(tmp_path / name, "adapter_model.safetensors"), of_alone, 1e-10)
+        assert_same_weights(handed_on(tmp_path / name), handed_on(tmp_path / "alone"), 1e-10)
+    distributed_job.run(tmp_path / "alone-tied", FOUR, tied=True)
+    for name in ("tied", "tied_resumed"):
+        assert_same_weights(weights(tmp_path / name), weights(tmp_path / "alone-tied"), 1e-10)
     plain, checkpointing = weights(tmp_path / "plain"), weights(tmp_path / "checkpointing")
     assert all(torch.equal(plain[name], checkpointing[name]) for name in plain)
+    assert_same_weights(weights(tmp_path / "compiled"), plain, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_in_bfloat16(tmp_path):
+    """Its weights are handed on in float32, also after an evaluation, and no log-prob is rounded to bfloat16."""
+    runs = {
+        name: {"options": {**TWO, "bf16": True}, "injected": name == "injected", "double": False}
+        for name in ("injected", "sampled")
+    }
+    launched([*FSDP2, "--mixed_precision", "bf16"], tmp_path, runs)
+    for name in runs:
+        assert {tensor.dtype for tensor in handed_on(tmp_path / name).values()} == {torch.float32}
+        process, _ = seen(tmp_path / name)
+        found = [record["greedy"]["answer_logp"] for record in process["evaluations"][0]["examples"]]
+        assert not any((32 * logp).is_integer() for logp in found)
+
+
+def zero3():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [*ACCELERATE, "--config_file", str(CONFIGURATIONS / "zero3.yaml"), "--main_process_port", port]
 
 
 @pytest.mark.slow
@@ -272,12 +316,7 @@ def test_zero3(tmp_path):
         "adapter": {"options": {**TWO, **on_cpu}, **adapter},
         "accumulated": {"options": {**TWO, **ACCUMULATED, **on_cpu}, "double": False},
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched(
-        [*ACCELERATE, "--config_file", str(CONFIGURATIONS / "zero3.yaml"), "--main_process_port", port], tmp_path, runs
-    )
+    launched(zero3(), tmp_path, runs)
     alone = tmp_path / "alone"
     distributed_job.run(alone / "sampled", FOUR, **sampled)
     distributed_job.run(alone / "adapter", FOUR, **adapter)
@@ -289,6 +328,35 @@ def test_zero3(tmp_path):
     ):
         assert_same_weights(weights(tmp_path / name, file), weights(alone / name, file), tolerance)
     assert_same_weights(weights(tmp_path / "resumed"), weights(tmp_path / "sampled"), 0)
+    assert_same_weights(handed_on(tmp_path / "adapter"), handed_on(alone / "adapter"), 1e-5)
+    names = [f"model.{name}" for name in weights(alone / "accumulated")]
+    for name in ("sampled", "accumulated"):
+        for process in seen(tmp_path / name):
+            assert sorted(process["sharded"]) == sorted(process["sharded_reference"]) == sorted(names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed would share one GPU out among the processes")
+def test_the_command_under_zero3(tmp_path):
+    """It loads a model that transformers would share out, of which the trainer then had nothing."""
+    pytest.importorskip("deepspeed")
+    distributed_job.tiny_llama(distributed_job.TOKENIZER).save_pretrained(tmp_path / "base")
+    distributed_job.TOKENIZER.save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in range(8)))
+
+    def command(output, **options):
+        options |= {
+            "model": tmp_path / "base", "dataset": rows, "output_dir": output, "max_steps": 2, "learning_rate": 1e-3,
+            "num_generations": 2, "max_completion_length": 6, "disable_tqdm": "true", "save_strategy": "no",
+        }  # fmt: skip
+        return ["train", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+    runs = {"run": {"command": command(tmp_path / "two", per_device_train_batch_size=2, ddp_backend="gloo")}}
+    launched(zero3(), tmp_path, runs)
+    assert cli.main(command(tmp_path / "one", per_device_train_batch_size=4, use_cpu="true")) == 0
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert_same_weights(found, expected, 1e-4)
 
 
 def test_hooks_see_the_heads_gradient():
@@ -312,6 +380,19 @@ def test_hooks_see_the_heads_gradient():
     assert seen == [1]
     tree_hidden(model, tree).sum().backward()
     assert len(seen) == 2
+
+
+def test_fsdp_of_another_version_is_refused():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(ValueError, match="fsdp_version must be 2, got 1"):
+        prepare(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+
+
+def test_a_model_that_zero3_has_shared_out_is_refused(tmp_path):
+    model = distributed_job.tiny_llama(distributed_job.TOKENIZER)
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="model must be whole, got one that ZeRO-3 shared out as it was loaded"):
+        LatroTrainer(model, LatroConfig(str(tmp_path)), [], processing_class=distributed_job.TOKENIZER)
 
 
 # The configurations that are shipped

@@ -74,9 +74,17 @@ class TreeModel(nn.Module):
     def logprobs(
         self, tree: PrefixTree, scored: ScoredTokens, *, temperature: float = 1.0, impl: str = "auto"
     ) -> Tensor:
-        """The log-probs [M] alone, for a reference model. Calls forward, for the hooks of what shards this module."""
-        advantage = torch.zeros(scored.prompt.shape[0], device=scored.prompt.device)
-        return self(tree, scored, beta=0.0, advantage=advantage, temperature=temperature, impl=impl).logps
+        """The log-probs [M] alone, for a reference model."""
+        return logprobs(self, tree, scored, temperature=temperature, impl=impl)
+
+
+@torch.no_grad()
+def logprobs(
+    model: nn.Module, tree: PrefixTree, scored: ScoredTokens, *, temperature: float = 1.0, impl: str = "auto"
+) -> Tensor:
+    """The log-probs [M] of a TreeModel, or of what wraps it, whose hooks gather what is sharded."""
+    advantage = torch.zeros(scored.prompt.shape[0], device=scored.prompt.device)
+    return model(tree, scored, beta=0.0, advantage=advantage, temperature=temperature, impl=impl).logps
 
 
 def tree_hidden(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
