@@ -306,9 +306,10 @@ def test_states_are_those_of_adamw_in_float32(llama_8b):
     whole = memory(update(llama_8b), h100s(8), Layout(sharded=False), 1)
     assert whole["weights"] == whole["gradients"] == 4 * llama_8b.base
     assert whole["AdamW"] == 8 * llama_8b.base
-    assert whole["reference"] == 2 * llama_8b.base
+    assert whole["reference"] == 4 * llama_8b.base
     shares = memory(update(llama_8b), h100s(64), Layout(sharded=True, tensor=2), 1)
     assert shares["AdamW"] == 8 * llama_8b.base // 32 // 2
+    assert shares["reference"] == 4 * llama_8b.base // 32 // 2
     adapted = llama_8b.with_adapter(16)
     held = memory(update(adapted, reference="adapter off"), h100s(8), Layout(sharded=False), 1)
     assert held["weights"] == 2 * llama_8b.base + 4 * adapted.adapter
@@ -318,9 +319,11 @@ def test_states_are_those_of_adamw_in_float32(llama_8b):
 def test_whole_70b_fits_where_it_is_spread_widely():
     shape = named_shape("llama-3.1-70b")
     assert not any(one.micro_batch for one in estimates(update(shape), h100s(8)))
-    wide = estimates(update(shape, reference="sharded", rollout_gpus=64), h100s(64))
+    given = update(shape, rollout_gpus=64)
+    wide = estimates(given, h100s(64))
     assert wide[0].micro_batch
     assert wide[0].layout.sharded
+    assert wide[0].layout.is_ours(given)
 
 
 def test_each_resource_can_bind(llama_8b):

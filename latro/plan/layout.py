@@ -70,9 +70,8 @@ class Layout:
         return ", ".join([*parts, "checkpointing"] if self.checkpoint else parts)
 
     def is_ours(self, update: Update) -> bool:
-        """Whether the trainer of this package runs it: where it shards, it keeps a whole copy, whoever samples."""
-        spares_copy = self.sharded and update.rollout_gpus > 0
-        return self.tensor == 1 and update.reference not in ("sharded", "offloaded") and not spares_copy
+        """Whether the trainer of this package runs it."""
+        return self.tensor == 1 and update.reference != "offloaded"
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def memory(update: Update, machine: Machine, layout: Layout, micro_batch: int) -
         # The root's: embedding and head. A layer and the next one, and the gradient of one on its way.
         root = shape.base - sum(layer.parameters for layer in shape.layers)
         pieces["gathered weights"] = (root + 3 * max(layer.parameters for layer in shape.layers)) * HALF_BYTES
-    copies = {"kept": shape.base, "sharded": shape.base // machine.gpus * layout.tensor}
-    pieces["reference"] = copies.get(update.reference, 0) * HALF_BYTES
+    if update.reference == "kept":  # as the model was loaded
+        pieces["reference"] = shape.base * (HALF_BYTES if shape.adapter else FLOAT_BYTES) // shards
     if update.reference == "offloaded":
         pieces["reference"] = 2 * max(layer.parameters for layer in shape.layers) * HALF_BYTES
     if layout.sharded and not update.rollout_gpus:
@@ -241,7 +240,7 @@ def _micro_batch_network(update: Update, machine: Machine, layout: Layout) -> fl
     found = 0.0
     if layout.sharded:
         found += 2 * gather(weights) + gather(shape.trained * HALF_BYTES // layout.tensor)
-    if update.reference == "sharded" or (layout.sharded and update.reference == "adapter off"):
+    if layout.sharded and update.reference in ("kept", "adapter off"):
         found += gather(weights)
     if update.reference == "offloaded":
         found += weights / machine.gpu.host

@@ -6,7 +6,7 @@ import argparse
 
 from latro.plan.machine import GPUS
 
-REFERENCES = ("kept", "sharded", "offloaded", "adapter off", "none")
+REFERENCES = ("kept", "offloaded", "adapter off", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
