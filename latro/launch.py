@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shutil
 import textwrap
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -93,8 +93,9 @@ def leave_process_group() -> None:
     A thread of gloo's may let go of the last tensors late, for which it needs the interpreter: torch 2.13 aborts the
     process if that ends meanwhile, or waits for ever if a wrapped model holds the group and is let go of later.
     """
-    gc.collect()
-    PartialState().destroy_process_group()
+    if dist.is_initialized():
+        PartialState().wait_for_everyone()  # without the interpreter's lock, which that thread then gets
+        PartialState().destroy_process_group()
 
 
 def with_adapter(model: PreTrainedModel, rank: int) -> Any:

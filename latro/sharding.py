@@ -25,18 +25,19 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def prepare(accelerator: Accelerator) -> None:
-    """Before anything is sharded: have losses and log-probs as they are computed."""
+def check_fsdp(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    if plugin.fsdp_version == 1:
+    if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
             "LatroTrainer: fsdp_version must be 2, got 1, whose weights cannot be gathered one by one; "
             "see examples/accelerate/fsdp2.yaml"
         )
-    if plugin.mixed_precision_policy is not None:
-        # accelerate would round what the model gives to the dtype of its products.
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """Before FSDP2 shards: accelerate would have it round losses and log-probs to the dtype of the products."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
@@ -72,7 +73,8 @@ def whole_copy(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMo
     """On this process's device, its parameters in the dtype that shards are gathered in."""
     whole = copy.deepcopy(model)
     for weight in whole.parameters():
-        weight.data = weight.data.to(DTYPES.get(accelerator.mixed_precision, weight.dtype))
+        if weight.is_floating_point():
+            weight.data = weight.data.to(DTYPES.get(accelerator.mixed_precision, weight.dtype))
     return nn.Module.to(whole, accelerator.device)
 
 

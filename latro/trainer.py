@@ -35,7 +35,7 @@ from latro.progress import Progress
 from latro.rollout import Engine, LocalEngine, Sample, sample_key
 from latro.rounds import rounds_of
 from latro.score import answer_logps
-from latro.sharding import check_whole, placed, prepare, whole_copy
+from latro.sharding import check_fsdp, check_whole, keep_output_dtype, placed, whole_copy
 from latro.supply import Supply
 from latro.vllm import VllmEngine
 from latro.watch import Watch, rationale_margin, refuse
@@ -128,7 +128,8 @@ class LatroTrainer(WholeCheckpoints):
             **options,
         )
         refers = "reference" in self.objective.needs and not self.adapted
-        prepare(self.accelerator)
+        check_fsdp(self.accelerator)
+        keep_output_dtype(self.accelerator)
         self.reference = placed(frozen_copy(policy), self.accelerator) if refers else None
         # Where parameters are sharded, each process samples with a whole copy: were one to call the shards more often
         # than the others, it would wait for them. Where something else samples, all score in step.

@@ -149,7 +149,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     inner = unwrapped(model)
     adapted = {name: module for name, module in inner.named_modules() if _is_adapted(module)}
     for name, module in adapted.items():
-        merged = _whole_copy(module)  # to merge into the module itself and out again would change it by rounding
+        merged = _gathered_copy(module)  # to merge into the module itself and out again would change it by rounding
         merged.merge()
         for own, weight in merged.get_base_layer().named_parameters():
             yield f"{name}.{own}", weight.detach()
@@ -159,7 +159,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name.replace("_checkpoint_wrapped_module.", ""), gathered.detach()
 
 
-def _whole_copy(module: nn.Module) -> Any:
+def _gathered_copy(module: nn.Module) -> Any:
     with ExitStack() as gathered:
         # In place of the copies that would be made of them.
         weights = {id(p): nn.Parameter(gathered.enter_context(whole(p)).detach().clone()) for p in module.parameters()}

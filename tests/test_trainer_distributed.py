@@ -25,7 +25,7 @@ from latro import cli
 from latro.checkpoint import newest
 from latro.config import LatroConfig
 from latro.model import TreeModel, tree_hidden
-from latro.sharding import prepare
+from latro.sharding import check_fsdp
 from latro.trainer import LatroTrainer
 from latro_kernels import pack_rationales
 from tests import distributed_job
@@ -385,7 +385,7 @@ def test_hooks_see_the_heads_gradient():
 def test_fsdp_of_another_version_is_refused():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     with pytest.raises(ValueError, match="fsdp_version must be 2, got 1"):
-        prepare(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        check_fsdp(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
 
 
 def test_a_model_that_zero3_has_shared_out_is_refused(tmp_path):
